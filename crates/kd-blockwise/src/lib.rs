@@ -1,0 +1,1 @@
+//! Block-wise logit distillation (Block-KD) with stepping-stone networks for candle.

@@ -1,0 +1,2 @@
+//! The `kd-cli` binary.
+fn main() {}
