@@ -2,6 +2,8 @@
 
 use candle_core::Tensor;
 
+use crate::Result;
+
 /// One mini-batch. `B` samples, `V` views (differently augmented copies of the same samples, in the same order).
 #[derive(Clone, Debug)]
 pub struct Batch {
@@ -25,4 +27,19 @@ impl Batch {
     pub fn is_empty(&self) -> bool {
         self.len() == 0
     }
+}
+
+/// Where a loop gets its batches from: a loader over a training set, over a test set, or tensors in memory.
+pub trait BatchSource: Send {
+    /// Samples of one epoch.
+    fn samples(&self) -> usize;
+
+    /// Batches of one epoch; the last one may be shorter than the others.
+    fn batches(&self) -> usize;
+
+    /// Begins epoch `epoch` (from 0) at its batch `first` (0, or where a resumed run stands).
+    fn start(&mut self, epoch: usize, first: usize) -> Result<()>;
+
+    /// The next batch, `None` at the end of the epoch.
+    fn next_batch(&mut self) -> Result<Option<Batch>>;
 }

@@ -61,6 +61,9 @@ pub enum Error {
     /// An error of candle.
     #[error(transparent)]
     Candle(#[from] candle_core::Error),
+    /// An error of a crate that implements one of the traits (a data set, a user's model).
+    #[error(transparent)]
+    Other(#[from] Box<dyn std::error::Error + Send + Sync>),
     /// Parameters that could not be read as a method's parameters.
     #[error("parameters: {0}")]
     Json(#[from] serde_json::Error),
