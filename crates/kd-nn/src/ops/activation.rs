@@ -1,0 +1,66 @@
+//! Elementwise functions and normalisations along one axis.
+
+use candle_core::{Result, Tensor};
+
+/// `x` where `keep`, zero elsewhere; the gradient likewise.
+fn masked(x: &Tensor, keep: &Tensor) -> Result<Tensor> {
+    keep.where_cond(x, &x.zeros_like()?)
+}
+
+/// `max(x, 0)`, gradient 0 at 0 (candle's own has 1 there).
+pub fn relu(x: &Tensor) -> Result<Tensor> {
+    masked(x, &x.gt(&x.zeros_like()?)?)
+}
+
+/// `min(max(x, 0), 6)`, gradient 0 at 0 and at 6.
+pub fn relu6(x: &Tensor) -> Result<Tensor> {
+    let six = (x.zeros_like()? + 6.0)?;
+    let inside = (x.gt(&x.zeros_like()?)? * x.lt(&six)?)?;
+    masked(x, &inside)? + masked(&six, &x.ge(&six)?)?
+}
+
+/// `x Phi(x)` with the exact error function.
+pub fn gelu(x: &Tensor) -> Result<Tensor> {
+    x.gelu_erf()
+}
+
+/// `x sigmoid(x)`.
+pub fn silu(x: &Tensor) -> Result<Tensor> {
+    x * sigmoid(x)?
+}
+
+/// `1/(1+exp(-x))`, through tanh: neither side overflows.
+pub fn sigmoid(x: &Tensor) -> Result<Tensor> {
+    ((x * 0.5)?.tanh()? + 1.0)? * 0.5
+}
+
+/// `min(max(x + 3, 0), 6) / 6`, gradient 0 at -3 and 3.
+pub fn hardsigmoid(x: &Tensor) -> Result<Tensor> {
+    relu6(&(x + 3.0)?)? / 6.0
+}
+
+/// `x min(max(x + 3, 0), 6) / 6`, gradient 0 at -3 and 1 at 3.
+pub fn hardswish(x: &Tensor) -> Result<Tensor> {
+    x * hardsigmoid(x)?
+}
+
+/// Softmax along `dim`; entries of minus infinity give 0 and gradient 0.
+pub fn softmax(x: &Tensor, dim: usize) -> Result<Tensor> {
+    let e = x.broadcast_sub(&x.max_keepdim(dim)?.detach())?.exp()?;
+    e.broadcast_div(&e.sum_keepdim(dim)?)
+}
+
+/// Logarithm of the softmax along `dim`.
+pub fn log_softmax(x: &Tensor, dim: usize) -> Result<Tensor> {
+    let shifted = x.broadcast_sub(&x.max_keepdim(dim)?.detach())?;
+    shifted.broadcast_sub(&shifted.exp()?.sum_keepdim(dim)?.log()?)
+}
+
+/// `x / max(|x|, eps)` with the L2 norm along `dim`; below eps the norm is a constant.
+pub fn l2_normalize(x: &Tensor, dim: usize, eps: f64) -> Result<Tensor> {
+    let square = x.sqr()?.sum_keepdim(dim)?;
+    let floor = (square.zeros_like()? + eps * eps)?;
+    // The branch below eps never sees the square root's infinite slope at 0.
+    let norm = square.ge(&floor)?.where_cond(&square, &floor)?.sqrt()?;
+    x.broadcast_div(&norm)
+}
