@@ -19,9 +19,9 @@ pub fn relu6(x: &Tensor) -> Result<Tensor> {
     masked(x, &inside)? + masked(&six, &x.ge(&six)?)?
 }
 
-/// `x Phi(x)` with the exact error function.
+/// `x Phi(x)` with the exact error function (the gradient of candle's own carries seven digits only).
 pub fn gelu(x: &Tensor) -> Result<Tensor> {
-    x.gelu_erf()
+    x * (((x * std::f64::consts::FRAC_1_SQRT_2)?.erf()? + 1.0)? * 0.5)?
 }
 
 /// `x sigmoid(x)`.

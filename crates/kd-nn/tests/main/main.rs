@@ -1,0 +1,5 @@
+//! Tests of kd-nn in one binary.
+
+mod golden_ops;
+mod graph;
+mod support;
