@@ -1,1 +1,50 @@
 //! Knowledge-distillation losses and methods for candle: pure functions, trainable methods, PyTorch-checked values and gradients.
+//!
+//! One file per method. Its module is the manual page (formula, shapes, parameters with the papers' settings, quirks of released code);
+//! it holds a `Params` type, a pure function of candle tensors, the [`Method`](kd_core::Method) that a training loop drives, and a line
+//! of the [`registry`](registry()).
+//!
+//! ```
+//! use candle_core::{Device, Tensor, Var};
+//!
+//! let student = Var::new(&[[2f32, 1.0, 0.0], [0.0, 1.0, 0.0]], &Device::Cpu)?;
+//! let teacher = Tensor::new(&[[4f32, 0.0, 0.0], [0.0, 0.0, 3.0]], &Device::Cpu)?;
+//! let labels = Tensor::new(&[0i64, 2], &Device::Cpu)?;
+//!
+//! let mut terms = kd_losses::ce(&student, &labels)?;
+//! terms.extend(kd_losses::nkd(&student, &teacher, &labels, &Default::default())?);
+//! let gradients = terms.total()?.backward()?;
+//! assert_eq!(gradients.get(&student).unwrap().dims(), [2, 3]);
+//! # Ok::<(), kd_core::Error>(())
+//! ```
+//!
+//! Conventions: `B` samples, `K` classes, `D` the embedding's width (the classifier's input). Labels are class indices `[B]` or, as with
+//! PyTorch's cross-entropy, class probabilities `[B,K]`. The teacher's tensors are detached. Terms hold their weight, and the loss is
+//! their weighted sum. Every loss is finite and its gradient right for logits of any size, in f32 and f64, on any device.
+//!
+//! Invariant: pure functions of tensors; no I/O, no loop.
+
+mod adapter;
+mod class_means;
+mod inputs;
+mod labels;
+mod norms;
+mod registry;
+mod softmax;
+
+pub mod ce;
+pub mod dkd;
+pub mod kd;
+pub mod label_smoothing;
+pub mod nd;
+pub mod nkd;
+
+pub use adapter::Adapter;
+pub use ce::ce;
+pub use class_means::ClassMeans;
+pub use dkd::dkd;
+pub use kd::kd;
+pub use label_smoothing::label_smoothing;
+pub use nd::nd;
+pub use nkd::nkd;
+pub use registry::{find, registry};

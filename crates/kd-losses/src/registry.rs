@@ -1,0 +1,41 @@
+//! The methods of this crate, by name.
+
+use candle_core::Tensor;
+use kd_core::{Error, MethodEntry, ParityInputs, Result};
+use serde::de::DeserializeOwned;
+use serde_json::Value;
+
+/// Every method of this crate, in the order of the listings.
+pub fn registry() -> &'static [MethodEntry] {
+    static METHODS: &[MethodEntry] =
+        &[crate::ce::ENTRY, crate::label_smoothing::ENTRY, crate::kd::ENTRY, crate::dkd::ENTRY, crate::nkd::ENTRY, crate::nd::ENTRY];
+    METHODS
+}
+
+/// The method called `name`.
+///
+/// # Errors
+/// When there is none: the message names the nearest one.
+pub fn find(name: &str) -> Result<&'static MethodEntry> {
+    registry().iter().find(|entry| entry.name == name).ok_or_else(|| {
+        let names: Vec<&str> = registry().iter().map(|entry| entry.name).collect();
+        let nearest = names.iter().map(|n| (strsim::damerau_levenshtein(n, name), *n)).min();
+        let hint = match nearest {
+            Some((distance, nearest)) if distance <= 3 => format!("; did you mean `{nearest}`?"),
+            _ => String::new(),
+        };
+        Error::param("method", name, format!("one of {}{hint}", names.join(", ")))
+    })
+}
+
+/// A method's parameters from JSON, checked.
+pub(crate) fn parse<P: DeserializeOwned>(params: &Value, validate: impl Fn(&P) -> Result<()>) -> Result<P> {
+    let params = serde_json::from_value(params.clone())?;
+    validate(&params)?;
+    Ok(params)
+}
+
+/// What a parity call's samples are labelled with: its soft targets if it has them, its labels otherwise.
+pub(crate) fn parity_labels(inputs: &ParityInputs) -> Result<&Tensor> {
+    inputs.find("targets").map_or_else(|| inputs.get("labels"), Ok)
+}

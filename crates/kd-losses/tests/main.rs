@@ -1,0 +1,5 @@
+//! Tests of kd-losses: fixtures, properties, errors.
+
+mod main {
+    mod golden;
+}
