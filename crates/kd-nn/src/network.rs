@@ -135,12 +135,14 @@ impl Network {
     }
 }
 
-impl Model for Network {
-    fn spec(&self) -> &ModelSpec {
-        self.graph.spec()
+impl Network {
+    /// [`Model::run`] with every parameter tracked whatever the mode, for checks of gradients with running statistics.
+    /// A trainer never wants this: in [`Mode::Eval`] it takes the reference executor.
+    pub fn run_tracked(&self, x: &Tensor, from: Cut, wanted: &[Cut], mode: Mode) -> Result<Outputs> {
+        self.execute(x, from, wanted, mode, true)
     }
 
-    fn run(&self, x: &Tensor, from: Cut, wanted: &[Cut], mode: Mode) -> Result<Outputs> {
+    fn execute(&self, x: &Tensor, from: Cut, wanted: &[Cut], mode: Mode, tracked: bool) -> Result<Outputs> {
         let start = self.graph.cut(from)?;
         let mut targets = self.nodes(wanted)?;
         let cuts = targets.clone();
@@ -160,8 +162,9 @@ impl Model for Network {
             return Err(Error::shape(format!("{} at `{from}`", self.spec().name), expected, x.dims()));
         }
         let piece = self.graph.piece(start, &targets)?;
-        let tracked = self.trainable.load(Ordering::Acquire) && !matches!(mode, Mode::Eval);
-        let found = if self.use_fused(&piece)? {
+        // Folded batch norms have no gradient of their own.
+        let folded = tracked && matches!(mode, Mode::Eval);
+        let found = if !folded && self.use_fused(&piece)? {
             let job =
                 fused::Job { graph: &self.graph, params: &self.params, x, from: start, piece: &piece, wanted: &targets, mode, tracked };
             fused::run(&self.fused, &job, self.precision)?
@@ -171,6 +174,17 @@ impl Model for Network {
         };
         let at = |node: NodeId| targets.binary_search(&node).ok().map(|i| found[i].clone());
         Ok(Outputs::new(wanted.iter().zip(cuts).filter_map(|(&cut, node)| at(node).map(|t| (cut, t)))))
+    }
+}
+
+impl Model for Network {
+    fn spec(&self) -> &ModelSpec {
+        self.graph.spec()
+    }
+
+    fn run(&self, x: &Tensor, from: Cut, wanted: &[Cut], mode: Mode) -> Result<Outputs> {
+        let tracked = self.trainable.load(Ordering::Acquire) && !matches!(mode, Mode::Eval);
+        self.execute(x, from, wanted, mode, tracked)
     }
 
     fn params(&self) -> Option<&Params> {
