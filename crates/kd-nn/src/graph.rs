@@ -429,6 +429,17 @@ impl Graph {
         Ok(shapes)
     }
 
+    /// The same network with every dropout and drop-path probability 0, as comparisons between frameworks need it.
+    #[must_use]
+    pub fn without_dropout(mut self) -> Self {
+        for node in &mut self.nodes {
+            if let Op::Dropout { p } | Op::DropPath { p } = &mut node.op {
+                *p = 0.0;
+            }
+        }
+        self
+    }
+
     /// Trainable scalars.
     pub fn param_count(&self) -> usize {
         self.params.entries().iter().map(kd_core::ParamEntry::len).sum()
