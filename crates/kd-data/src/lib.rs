@@ -1,1 +1,44 @@
 //! Image data sets, deterministic augmentation and a prefetching loader for the kd knowledge-distillation toolkit.
+//!
+//! | module | holds |
+//! |---|---|
+//! | [`registry`] | the sources ([`open`]): `digits` (embedded), `cifar10:DIR`, `cifar100:DIR`, `cifar100-coarse:DIR` |
+//! | [`dataset`] | [`Dataset`]: images as bytes, NCHW; [`Splits`]; [`Info`] |
+//! | [`select`] | [`Options`]: validation split, class-balanced training subset, label noise |
+//! | [`transforms`] | [`Pipeline`]: augmentation written as strings, one file a transform |
+//! | [`loader`] | [`Loader`]: batches, prefetched by a thread of its own |
+//!
+//! Invariant: the order of the samples and what happens to each is a function of (seed, epoch, sample, view), never of threads or of what was
+//! drawn before. A run that resumes in the middle of an epoch sees the same bits.
+//!
+//! ```
+//! use kd_core::BatchSource;
+//! use kd_data::{Loader, LoaderOptions, Options, Pipeline};
+//!
+//! let data = kd_data::open("digits")?.select(&Options { train_limit: 200, ..Options::default() }, 1)?;
+//! let options = LoaderOptions { batch_size: 64, augment: vec![Pipeline::parse(&["pad-crop:1"])?], ..LoaderOptions::default() };
+//! let mut loader = Loader::train(data.train()?, &options)?;
+//! loader.start(0, 0)?;
+//! while let Some(batch) = loader.next_batch()? {
+//!     assert_eq!(batch.images[0].dims()[1..], [1, 8, 8]);
+//! }
+//! # Ok::<(), Box<dyn std::error::Error>>(())
+//! ```
+
+mod cifar;
+pub mod dataset;
+mod digits;
+pub mod error;
+pub mod image;
+pub mod loader;
+pub mod registry;
+pub mod select;
+pub mod transforms;
+
+pub use dataset::{Dataset, Info, Normalise, Splits};
+pub use error::{Error, Result};
+pub use image::Image;
+pub use loader::{Loader, LoaderOptions};
+pub use registry::{SOURCES, SourceEntry, open};
+pub use select::Options;
+pub use transforms::{Pipeline, TRANSFORMS, Transform, TransformEntry};

@@ -1,0 +1,47 @@
+//! Every data source by name.
+
+use crate::{Error, Result, Splits, cifar, digits};
+
+/// A source that [`open`] knows.
+#[derive(Debug, serde::Serialize)]
+pub struct SourceEntry {
+    /// Its name, what stands before the colon.
+    pub name: &'static str,
+    /// One line about it.
+    pub about: &'static str,
+    /// What stands after the colon; empty for a source that takes nothing.
+    pub argument: &'static str,
+    /// Opens it with its argument.
+    #[serde(skip)]
+    pub open: fn(&str) -> Result<Splits>,
+}
+
+/// Every source, in the order of listings.
+pub const SOURCES: &[SourceEntry] = &[digits::ENTRY, cifar::CIFAR10, cifar::CIFAR100, cifar::CIFAR100_COARSE];
+
+/// Opens the source that `spec` names: `NAME` or `NAME:ARGUMENT`. Paths are taken as they stand, relative to the current directory;
+/// nothing reaches for the network or a home directory.
+///
+/// # Errors
+/// An unknown name, files that are missing or do not hold what their format says.
+///
+/// # Example
+/// ```
+/// let digits = kd_data::open("digits")?;
+/// assert_eq!((digits.train()?.len(), digits.test()?.len()), (1297, 500));
+/// # Ok::<(), kd_data::Error>(())
+/// ```
+pub fn open(spec: &str) -> Result<Splits> {
+    let (name, argument) = match spec.split_once(':') {
+        Some((name, argument)) => (name, Some(argument)),
+        None => (spec, None),
+    };
+    let Some(entry) = SOURCES.iter().find(|e| e.name == name) else {
+        return Err(Error::unknown("data source", name, &SOURCES.iter().map(|e| e.name).collect::<Vec<_>>()));
+    };
+    match argument {
+        Some(_) if entry.argument.is_empty() => Err(Error::spec(spec, format!("`{name}` takes nothing after its name"))),
+        None | Some("") if !entry.argument.is_empty() => Err(Error::spec(spec, format!("expected `{name}:{}`", entry.argument))),
+        argument => (entry.open)(argument.unwrap_or("")),
+    }
+}

@@ -1,0 +1,8 @@
+//! Sources, selection, transforms and the loader, through the public API.
+
+mod cifar;
+mod digits;
+mod loader;
+mod select;
+mod support;
+mod transforms;
