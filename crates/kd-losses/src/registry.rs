@@ -7,8 +7,25 @@ use serde_json::Value;
 
 /// Every method of this crate, in the order of the listings.
 pub fn registry() -> &'static [MethodEntry] {
-    static METHODS: &[MethodEntry] =
-        &[crate::ce::ENTRY, crate::label_smoothing::ENTRY, crate::kd::ENTRY, crate::dkd::ENTRY, crate::nkd::ENTRY, crate::nd::ENTRY];
+    static METHODS: &[MethodEntry] = &[
+        crate::ce::ENTRY,
+        crate::label_smoothing::ENTRY,
+        crate::anisotropic_label_smoothing::ENTRY,
+        crate::kd::ENTRY,
+        crate::dkd::ENTRY,
+        crate::nkd::ENTRY,
+        crate::tf_nkd::ENTRY,
+        crate::uskd::ENTRY,
+        crate::fnkd::ENTRY,
+        crate::he::ENTRY,
+        crate::nd::ENTRY,
+        crate::nd_cosine::ENTRY,
+        crate::nd_infonce::ENTRY,
+        crate::norm_match::ENTRY,
+        crate::sifn::ENTRY,
+        crate::kd_pp::ENTRY,
+        crate::dkd_pp::ENTRY,
+    ];
     METHODS
 }
 

@@ -38,17 +38,6 @@ const NOT_YET_BUILT: &[&str] = &[
     "srrl",
     "vid",
     "wsld",
-    "anisotropic_label_smoothing",
-    "tf_nkd",
-    "uskd",
-    "fnkd",
-    "he",
-    "nd_cosine",
-    "nd_infonce",
-    "norm_match",
-    "sifn",
-    "kd_pp",
-    "dkd_pp",
 ];
 
 /// The loss fixtures, or `None` when nobody said where they are and the default place has none.

@@ -1,0 +1,204 @@
+//! `kd_pp`: KD++, the released recipe in one piece: cross-entropy, warmed-up KD, norm and direction.
+//!
+//! Wang et al., "Improving Knowledge Distillation via Regularizing Feature Norm and Direction", ECCV 2024, arXiv 2305.17007.
+//!
+//! ```text
+//! value = ce_weight ce + w kd_weight kd + nd_weight nd,   w = min(1, epoch / warmup_epochs)
+//! ```
+//!
+//! The terms are those of [`ce`](mod@crate::ce), [`kd`](mod@crate::kd) (divergence, with T^2) and [`nd`](mod@crate::nd). Epochs count from
+//! 0, as in the authors' repository, whose first epoch therefore distils nothing (mdistiller counts from 1).
+//!
+//! | symbol | tensor | shape |
+//! |---|---|---|
+//! | `z`, `v` | logits of student and teacher | `[B,K]` |
+//! | `f_s`, `f_t` | embeddings of student (behind the adapter, if there is one) and teacher | `[B,D]` |
+//! | `c` | class means of the teacher's embedding ([`ClassMeans`]) | `[K,D]` |
+//! | `y` | labels | `[B]` integers, or `[B,K]` probabilities |
+//!
+//! | parameter | default | range | |
+//! |---|---|---|---|
+//! | `temperature` | 4 | > 0 | T of kd; 1 on ImageNet |
+//! | `ce_weight` | 1 | >= 0 | |
+//! | `kd_weight`, `nd_weight` | 1, 2 | >= 0 | per pair; the defaults are res56-res20's |
+//! | `warmup_epochs` | 20 | >= 0 | 5 on ImageNet; 0: none |
+//! | `adapter`, `eps`, `bn_eps`, `dropout` | | | as in [`nd`](mod@crate::nd) |
+//!
+//! Terms: `ce`, `kd`, `nd`. The authors' weights, kd / nd:
+//!
+//! | CIFAR-100, T 4 | kd / nd | ImageNet, T 1 | kd / nd |
+//! |---|---|---|---|
+//! | res56-res20 | 1.0 / 2.0 | R34-R18 | 2.5 / 1.0 |
+//! | res32x4-res8x4 | 3.5 / 2.0 | R50-R18 | 4.0 / 1.0 |
+//! | wrn40_2-wrn40_1 | 1.0 / 1.5 | R101-R18 | 3.5 / 4.0 |
+//! | res50-mobileV2 | 3.0 / 0.5 | R152-R18 | 4.0 / 2.0 |
+//! | res32x4-shuffleV1 | 2.5 / 1.5 | R50-MobileNet | 4.0 / 1.0 |
+//! | res32x4-shuffleV2 | 4.0 / 0.5 | ViT-S - R18, ViT-B - R18 | 1.5 / 1.0, 2.0 / 1.0 |
+
+use std::sync::Arc;
+
+use candle_core::Tensor;
+use kd_core::schedule::warmup_factor;
+use kd_core::{Cut, Error, LossTerms, Method, MethodEntry, Model, Needs, ParamDoc, ParityInputs, ParityOutput, Result, Setup, StepView};
+use serde::{Deserialize, Serialize};
+
+use crate::adapter::{self, Adapter};
+use crate::class_means::ClassMeans;
+use crate::nd::{ADAPTER, BN_EPS, DROPOUT, EPS, Prepared};
+use crate::registry::{parity_labels, parse};
+use crate::{Side, ce, inputs, kd, labels, nd};
+
+/// Parameters; see the [module](self).
+#[derive(Clone, Debug, PartialEq, Serialize, Deserialize)]
+#[serde(deny_unknown_fields, default)]
+pub struct Params {
+    /// T of kd, above 0.
+    pub temperature: f64,
+    /// Weight of the cross-entropy, at least 0.
+    pub ce_weight: f64,
+    /// Weight of kd, at least 0.
+    pub kd_weight: f64,
+    /// Weight of nd, at least 0.
+    pub nd_weight: f64,
+    /// Epochs over which kd's weight rises from 0; 0 for none.
+    pub warmup_epochs: usize,
+    /// Which adapter stands behind the student's embedding.
+    pub adapter: Adapter,
+    /// Length at or below which a feature counts as a constant of this length, above 0.
+    pub eps: f64,
+    /// Epsilon of the adapter's batch norm, above 0.
+    pub bn_eps: f64,
+    /// Dropout of the adapter, at least 0 and less than 1.
+    pub dropout: f64,
+}
+
+impl Default for Params {
+    fn default() -> Self {
+        let nd::Params { adapter, eps, bn_eps, dropout } = nd::Params::default();
+        Self { temperature: 4.0, ce_weight: 1.0, kd_weight: 1.0, nd_weight: 2.0, warmup_epochs: 20, adapter, eps, bn_eps, dropout }
+    }
+}
+
+impl Params {
+    /// Refuses values out of range, naming key, value and range.
+    pub fn validate(&self) -> Result<()> {
+        self.kd().validate()?;
+        inputs::not_negative("ce_weight", self.ce_weight)?;
+        inputs::not_negative("kd_weight", self.kd_weight)?;
+        inputs::not_negative("nd_weight", self.nd_weight)?;
+        self.nd().validate()
+    }
+
+    fn kd(&self) -> kd::Params {
+        kd::Params { temperature: self.temperature, ..kd::Params::default() }
+    }
+
+    fn nd(&self) -> nd::Params {
+        nd::Params { adapter: self.adapter, eps: self.eps, bn_eps: self.bn_eps, dropout: self.dropout }
+    }
+}
+
+/// KD++ in epoch `epoch`, counted from 0; the student's embedding is adapted already, the teacher is detached, `labels` are class indices
+/// `[B]` or class probabilities `[B,K]`.
+///
+/// # Errors
+/// Those of [`ce`](crate::ce()), [`kd`](crate::kd()) and [`nd`](crate::nd()).
+pub fn kd_pp(
+    student: Side<'_>,
+    teacher: Side<'_>,
+    means: &ClassMeans,
+    labels: &Tensor,
+    epoch: usize,
+    params: &Params,
+) -> Result<LossTerms> {
+    params.validate()?;
+    let warm = warmup_factor(epoch, params.warmup_epochs, 0);
+    let mut terms = ce(student.logits, labels)?.scaled(params.ce_weight);
+    terms.extend(kd(student.logits, teacher.logits, &params.kd())?.scaled(warm * params.kd_weight));
+    terms.extend(nd(student.embedding, teacher.embedding, means, labels, &params.nd())?.scaled(params.nd_weight));
+    Ok(terms)
+}
+
+struct KdPp {
+    params: Params,
+    prepared: Prepared,
+}
+
+impl Method for KdPp {
+    fn name(&self) -> &'static str {
+        ENTRY.name
+    }
+
+    fn needs(&self) -> Needs {
+        needs()
+    }
+
+    fn prepare(&mut self, setup: &Setup<'_>) -> Result<()> {
+        self.prepared = Prepared::new(setup, self.params.nd().adapter_config(), ENTRY.name)?;
+        Ok(())
+    }
+
+    fn networks(&self) -> Vec<Arc<dyn Model>> {
+        adapter::networks(self.prepared.adapter.as_ref())
+    }
+
+    fn loss(&mut self, step: &StepView<'_>) -> Result<LossTerms> {
+        let adapted = adapter::apply(self.prepared.adapter.as_ref(), step)?;
+        let (student, teacher) = (step.student()?, step.teacher()?);
+        let student = Side { logits: student.logits()?, embedding: &adapted };
+        let teacher = Side { logits: teacher.logits()?, embedding: teacher.embedding()? };
+        let means = self.prepared.means(ENTRY.name)?;
+        kd_pp(student, teacher, means, labels::of(step.batch), step.progress.epoch, &self.params)
+    }
+}
+
+/// Logits and embeddings of both sides, labels, class means.
+pub(crate) fn needs() -> Needs {
+    let cuts = vec![Cut::Embedding, Cut::Logits];
+    Needs { student: cuts.clone(), teacher: cuts, class_means: true, ..Needs::supervised() }
+}
+
+/// Takes the fixture-only `epoch` out of a parity call's parameters.
+pub(crate) fn parity_epoch(inputs: &ParityInputs) -> Result<(usize, ParityInputs)> {
+    let mut params = inputs.params.clone();
+    let epoch = params.as_object_mut().and_then(|p| p.remove("epoch")).ok_or_else(|| Error::missing("the warm-up", "epoch"))?;
+    let number = epoch.as_u64().ok_or_else(|| Error::param("epoch", &epoch, "a whole number of at least 0"))?;
+    Ok((number as usize, ParityInputs { tensors: inputs.tensors.clone(), params, dtype: inputs.dtype }))
+}
+
+fn parity(inputs: &ParityInputs) -> Result<ParityOutput> {
+    let (epoch, inputs) = parity_epoch(inputs)?;
+    let params: Params = inputs.params()?;
+    let means = ClassMeans::new(inputs.get("class_means")?)?;
+    let adapted = params.nd().adapter_config().parity(&inputs, means.dims().1)?;
+    let student = Side { logits: inputs.get("student.logits")?, embedding: &adapted };
+    let teacher = Side { logits: inputs.get("teacher.logits")?, embedding: inputs.get("teacher.embedding")? };
+    Ok(kd_pp(student, teacher, &means, parity_labels(&inputs)?, epoch, &params)?.into())
+}
+
+pub(crate) const CE_WEIGHT: ParamDoc = ParamDoc { name: "ce_weight", default: "1.0", range: ">= 0", about: "weight of the cross-entropy" };
+pub(crate) const TEMPERATURE: ParamDoc = ParamDoc { name: "temperature", default: "4.0", range: "> 0", about: "T" };
+pub(crate) const WARMUP_EPOCHS: ParamDoc =
+    ParamDoc { name: "warmup_epochs", default: "20", range: ">= 0", about: "linear warm-up of the distillation, epochs counted from 0" };
+
+/// The registry's line.
+pub const ENTRY: MethodEntry = MethodEntry {
+    name: "kd_pp",
+    about: "KD++: cross-entropy, warmed-up kd, nd",
+    source: "Wang et al., ECCV 2024, arXiv 2305.17007",
+    year: 2023,
+    parameters: &[
+        TEMPERATURE,
+        CE_WEIGHT,
+        ParamDoc { name: "kd_weight", default: "1.0", range: ">= 0", about: "weight of kd" },
+        ParamDoc { name: "nd_weight", default: "2.0", range: ">= 0", about: "weight of nd" },
+        WARMUP_EPOCHS,
+        ADAPTER,
+        EPS,
+        BN_EPS,
+        DROPOUT,
+    ],
+    build: |params| Ok(Box::new(KdPp { params: parse(params, Params::validate)?, prepared: Prepared::default() })),
+    parity,
+    raw_terms: false,
+};
