@@ -1,0 +1,148 @@
+//! What is checked before hours are spent.
+
+use candle_core::Tensor;
+use kd_core::{Cut, ModelSpec, Needs};
+use kd_nn::Gradients;
+
+use crate::optim::{Part, Target};
+use crate::trainer::{Job, Teacher};
+use crate::{Error, Evaluation, Result, Split};
+
+/// Names listed in a message before it says how many more there are.
+const LISTED: usize = 3;
+
+/// Classes, cuts and inputs: does every method get what it asks for?
+pub(crate) fn job(job: &Job) -> Result<()> {
+    job.optim.validate().and_then(|()| job.schedule.validate()).map_err(Error::Setup)?;
+    let refuse = |message: String| Err(Error::Refused(message));
+    if job.objectives.is_empty() {
+        return refuse("a run without a loss".to_string());
+    }
+    if job.data.train.batches() == 0 {
+        return refuse("the training set is empty".to_string());
+    }
+    let classes = job.data.classes;
+    let student = job.student.spec();
+    if student.classes != classes {
+        return refuse(format!("student {} has {} outputs, the data {classes} classes", student.name, student.classes));
+    }
+    for teacher in &job.teachers {
+        let outputs = teacher.model.spec().classes;
+        if outputs != classes {
+            return refuse(format!("teacher {} has {outputs} outputs, the data {classes} classes", teacher.name));
+        }
+    }
+    for objective in &job.objectives {
+        let name = objective.method.name();
+        let needs = objective.method.needs();
+        check_cuts(name, "student", student, &needs.student)?;
+        if job.teachers.is_empty() && (!needs.teacher.is_empty() || needs.teacher_model || needs.class_means) {
+            return refuse(format!("method {name} needs a teacher, and there is none"));
+        }
+        for teacher in &job.teachers {
+            check_cuts(name, &format!("teacher {}", teacher.name), teacher.model.spec(), &needs.teacher)?;
+        }
+        check_inputs(name, &needs, job)?;
+        if !objective.method.phases().is_empty() {
+            return refuse(format!("method {name} trains in phases, which this version does not run"));
+        }
+        if !objective.weight.is_finite() {
+            return refuse(format!("method {name}: weight {}, must be finite", objective.weight));
+        }
+    }
+    Ok(())
+}
+
+fn check_inputs(name: &str, needs: &Needs, job: &Job) -> Result<()> {
+    if needs.class_groups && job.data.class_groups.is_none() {
+        return Err(Error::Refused(format!("method {name} needs a group for each class, which this data set has not")));
+    }
+    if needs.class_means && job.data.class_means.is_none() && job.data.plain.is_none() {
+        return Err(Error::Refused(format!(
+            "method {name} needs class means, or an unaugmented pass over the training set to compute them"
+        )));
+    }
+    Ok(())
+}
+
+fn check_cuts(method: &str, who: &str, spec: &ModelSpec, cuts: &[Cut]) -> Result<()> {
+    match cuts.iter().find(|&&cut| !has(spec, cut)) {
+        None => Ok(()),
+        Some(cut) => Err(Error::Refused(format!(
+            "method {method} needs {cut} of the {who}; {} has {} blocks, stages 0 to {}, {} of them with a pre-activation",
+            spec.name,
+            spec.blocks.len(),
+            spec.stages.len().saturating_sub(1),
+            spec.stages.iter().filter(|s| s.has_preact).count(),
+        ))),
+    }
+}
+
+fn has(spec: &ModelSpec, cut: Cut) -> bool {
+    match cut {
+        Cut::Input | Cut::Embedding | Cut::Logits => true,
+        Cut::LogitsDist => spec.logits_dist,
+        Cut::Block(i) => (1..=spec.blocks.len()).contains(&i),
+        Cut::Stage(i) => i < spec.stages.len(),
+        Cut::Preact(i) => spec.stages.get(i).is_some_and(|s| s.has_preact),
+    }
+}
+
+/// Refuses a teacher whose accuracy is hardly more than chance: twice chance, or with few classes a tenth of the way to perfect.
+pub(crate) fn teacher(teacher: &Teacher, evaluation: &Evaluation, split: Split, classes: usize) -> Result<()> {
+    let chance = 100.0 / classes as f64;
+    if evaluation.top1 <= (2.0 * chance).min(chance + (100.0 - chance) / 10.0) {
+        let name = teacher.name.clone();
+        return Err(Error::BadTeacher { name, top1: evaluation.top1, split: split.to_string(), classes });
+    }
+    Ok(())
+}
+
+/// After a step in which every loss took part: was every parameter that is to be trained reached?
+///
+/// Reached, not non-zero: a parameter behind a dead ReLU is fine, one that no loss depends on is a mistake in the configuration.
+pub(crate) fn reached(parts: &[Part], grads: &Gradients, mut exempt: impl FnMut(&Part) -> bool) -> Result<()> {
+    let mut networks = grads.networks.iter();
+    for part in parts {
+        let gradients = part.network().and_then(|_| networks.next()).and_then(Option::as_ref);
+        if exempt(part) {
+            continue;
+        }
+        let missed: Vec<&str> = match &part.target {
+            Target::Var(var) => grads.store.get(var).is_none().then_some(part.name.as_str()).into_iter().collect(),
+            Target::Network(network) => {
+                let reached = gradients.map(|g| g.reached.as_slice()).unwrap_or_default();
+                let entries = network.params().map(|p| p.entries()).unwrap_or_default();
+                let unused = |name: &str| part.unused.iter().any(|prefix| name.starts_with(prefix.as_str()));
+                let missed = entries.iter().zip(reached).filter(|(e, reached)| !**reached && !unused(&e.name));
+                missed.map(|(e, _)| e.name.as_str()).collect()
+            }
+        };
+        if !missed.is_empty() {
+            let more = missed.len().saturating_sub(LISTED);
+            let first = missed[..missed.len() - more].join(", ");
+            return Err(Error::Unreached {
+                network: part.name.clone(),
+                unreached: missed.len(),
+                total: match &part.target {
+                    Target::Network(network) => network.params().map_or(0, |p| p.entries().len()),
+                    Target::Var(_) => 1,
+                },
+                first: if more > 0 { format!("{first} and {more} more") } else { first },
+            });
+        }
+    }
+    Ok(())
+}
+
+/// An upper estimate of what a run leaves on the disk at any time: three checkpoints (two kept, one being written), three students
+/// (best, its successor, the exported one) and the lines of `metrics.jsonl`.
+pub(crate) fn bytes_needed<'a>(
+    checkpoint: impl Iterator<Item = &'a Tensor>,
+    student: impl Iterator<Item = &'a Tensor>,
+    steps: usize,
+) -> u64 {
+    const LINE: usize = 400;
+    let size = |tensor: &Tensor| tensor.elem_count() * tensor.dtype().size_in_bytes();
+    (3 * checkpoint.map(size).sum::<usize>() + 3 * student.map(size).sum::<usize>() + LINE * steps) as u64
+}

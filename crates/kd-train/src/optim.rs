@@ -1,0 +1,450 @@
+//! Optimisers over flat buffers: SGD and AdamW, with everything resume needs in the open.
+//!
+//! `g` gradient (after clipping), `p` parameter; every parameter alike, batch norms and biases included.
+//!
+//! ```text
+//! clip    n = l2 norm over everything trained;  g *= min(1, clip / (n + 1e-6))
+//! sgd     g += wd p;  v = g in the first step, later v = momentum v + (1 - dampening) g
+//!         p -= lr v;  nesterov: p -= lr (g + momentum v)
+//! adamw   t = 1, 2, ...:  p *= 1 - lr wd;  m = b1 m + (1-b1) g;  q = b2 q + (1-b2) g^2
+//!         p -= lr (m / (1-b1^t)) / (sqrt(q / (1-b2^t)) + eps)
+//! ```
+//! This is what PyTorch's `SGD`, `AdamW` and `clip_grad_norm_` compute. On the CPU one sweep in place moves a whole network; elsewhere
+//! the same arithmetic is composed of candle operations.
+
+use std::ops::Range;
+use std::sync::Arc;
+
+use candle_core::{DType, Device, Storage, Tensor, Var};
+use kd_core::params::Element;
+use kd_core::{Error, Flat, Model, Result, StateDict};
+use serde::{Deserialize, Serialize};
+
+/// Which rule.
+#[derive(Clone, Copy, Debug, Default, PartialEq, Eq, Serialize, Deserialize)]
+#[serde(rename_all = "lowercase")]
+pub enum OptimKind {
+    /// [`Sgd`].
+    #[default]
+    Sgd,
+    /// [`AdamW`].
+    Adamw,
+}
+
+/// The `[optim]` section. Values of the other kind are ignored.
+#[derive(Clone, Debug, PartialEq, Serialize, Deserialize)]
+#[serde(deny_unknown_fields, default)]
+pub struct OptimConfig {
+    /// Which rule.
+    pub kind: OptimKind,
+    /// The base learning rate.
+    pub lr: f64,
+    /// SGD: share of the buffer that stays.
+    pub momentum: f64,
+    /// SGD: look ahead by one step of the buffer.
+    pub nesterov: bool,
+    /// On every parameter.
+    pub weight_decay: f64,
+    /// AdamW: decay of the mean.
+    pub beta1: f64,
+    /// AdamW: decay of the mean square.
+    pub beta2: f64,
+    /// AdamW: added to the root.
+    pub eps: f64,
+    /// Upper bound of the gradient's norm; 0: none.
+    pub clip_grad_norm: f64,
+}
+
+impl Default for OptimConfig {
+    /// SGD as in the CIFAR-100 tables.
+    fn default() -> Self {
+        Self {
+            kind: OptimKind::Sgd,
+            lr: 0.05,
+            momentum: 0.9,
+            nesterov: false,
+            weight_decay: 5e-4,
+            beta1: 0.9,
+            beta2: 0.999,
+            eps: 1e-8,
+            clip_grad_norm: 0.0,
+        }
+    }
+}
+
+impl OptimConfig {
+    /// Refuses values that train nothing.
+    pub fn validate(&self) -> Result<()> {
+        let check = |key: &str, value: f64, holds: bool, allowed: &str| {
+            if holds && value.is_finite() { Ok(()) } else { Err(Error::param(format!("optim.{key}"), value, allowed)) }
+        };
+        check("lr", self.lr, self.lr > 0.0, "more than 0")?;
+        check("weight_decay", self.weight_decay, self.weight_decay >= 0.0, "0 or more")?;
+        check("clip_grad_norm", self.clip_grad_norm, self.clip_grad_norm >= 0.0, "0 (none) or more")?;
+        check("momentum", self.momentum, (0.0..1.0).contains(&self.momentum), "at least 0 and less than 1")?;
+        check("beta1", self.beta1, (0.0..1.0).contains(&self.beta1), "at least 0 and less than 1")?;
+        check("beta2", self.beta2, (0.0..1.0).contains(&self.beta2), "at least 0 and less than 1")?;
+        check("eps", self.eps, self.eps >= 0.0, "0 or more")?;
+        if self.kind == OptimKind::Sgd && self.nesterov && self.momentum == 0.0 {
+            return Err(Error::param("optim.nesterov", true, "false without momentum"));
+        }
+        Ok(())
+    }
+
+    fn rule(&self) -> Rule {
+        match self.kind {
+            OptimKind::Sgd => {
+                Rule::Sgd(Sgd { momentum: self.momentum, dampening: 0.0, nesterov: self.nesterov, weight_decay: self.weight_decay })
+            }
+            OptimKind::Adamw => Rule::AdamW(AdamW { beta1: self.beta1, beta2: self.beta2, eps: self.eps, weight_decay: self.weight_decay }),
+        }
+    }
+}
+
+/// A float with what an update computes.
+pub trait Real: Element {
+    /// Its square root.
+    fn sqrt(self) -> Self;
+}
+
+impl Real for f32 {
+    fn sqrt(self) -> Self {
+        self.sqrt()
+    }
+}
+
+impl Real for f64 {
+    fn sqrt(self) -> Self {
+        self.sqrt()
+    }
+}
+
+/// What one step of a rule is told.
+#[derive(Clone, Copy, Debug)]
+pub struct Step {
+    /// The learning rate.
+    pub lr: f64,
+    /// Factor of the gradient (clipping).
+    pub scale: f64,
+    /// The step's number, from 1.
+    pub t: u64,
+}
+
+/// Stochastic gradient descent with momentum.
+#[derive(Clone, Copy, Debug)]
+pub struct Sgd {
+    /// Share of the buffer that stays.
+    pub momentum: f64,
+    /// Share of the gradient that stays out of the buffer after the first step.
+    pub dampening: f64,
+    /// Look ahead by one step of the buffer.
+    pub nesterov: bool,
+    /// Added to the gradient, times the parameter.
+    pub weight_decay: f64,
+}
+
+impl Sgd {
+    fn fresh(&self, t: u64) -> f64 {
+        if t == 1 { 1.0 } else { 1.0 - self.dampening }
+    }
+
+    /// One step in place. `v` is the buffer, zero before the first step.
+    pub fn sweep<T: Real>(&self, p: &mut [T], g: &[T], v: &mut [T], step: Step) {
+        let [lr, scale, decay, momentum, fresh] =
+            [step.lr, step.scale, self.weight_decay, self.momentum, self.fresh(step.t)].map(T::from_f64);
+        for ((p, &g), v) in p.iter_mut().zip(g).zip(v) {
+            let g = scale * g + decay * *p;
+            *v = momentum * *v + fresh * g;
+            *p -= lr * if self.nesterov { g + momentum * *v } else { *v };
+        }
+    }
+
+    /// The same on tensors: the new parameter and buffer.
+    pub fn compose(&self, p: &Tensor, g: &Tensor, v: &Tensor, step: Step) -> Result<(Tensor, Tensor)> {
+        let g = ((g * step.scale)? + (p * self.weight_decay)?)?;
+        let v = ((v * self.momentum)? + (&g * self.fresh(step.t))?)?;
+        let direction = if self.nesterov { (g + (&v * self.momentum)?)? } else { v.clone() };
+        Ok(((p - (direction * step.lr)?)?, v))
+    }
+}
+
+/// Adam with decoupled weight decay (Loshchilov and Hutter, "Decoupled Weight Decay Regularization", ICLR 2019).
+#[derive(Clone, Copy, Debug)]
+pub struct AdamW {
+    /// Decay of the mean.
+    pub beta1: f64,
+    /// Decay of the mean square.
+    pub beta2: f64,
+    /// Added to the root.
+    pub eps: f64,
+    /// Share of the parameter that decays per unit of learning rate.
+    pub weight_decay: f64,
+}
+
+impl AdamW {
+    /// What the mean and the mean square are divided by.
+    fn corrections(&self, t: u64) -> (f64, f64) {
+        let power = |beta: f64| beta.powf(t as f64);
+        (1.0 - power(self.beta1), 1.0 - power(self.beta2))
+    }
+
+    /// One step in place. `m` and `q` are the mean and the mean square, zero before the first step.
+    pub fn sweep<T: Real>(&self, p: &mut [T], g: &[T], m: &mut [T], q: &mut [T], step: Step) {
+        let (c1, c2) = self.corrections(step.t);
+        let [scale, keep, b1, b2, eps] = [step.scale, 1.0 - step.lr * self.weight_decay, self.beta1, self.beta2, self.eps].map(T::from_f64);
+        let [a1, a2, rate, root] = [1.0 - self.beta1, 1.0 - self.beta2, step.lr / c1, c2.sqrt()].map(T::from_f64);
+        for (((p, &g), m), q) in p.iter_mut().zip(g).zip(m).zip(q) {
+            let g = scale * g;
+            *m = b1 * *m + a1 * g;
+            *q = b2 * *q + a2 * g * g;
+            *p = keep * *p - rate * *m / (q.sqrt() / root + eps);
+        }
+    }
+
+    /// The same on tensors: the new parameter, mean and mean square.
+    pub fn compose(&self, p: &Tensor, g: &Tensor, m: &Tensor, q: &Tensor, step: Step) -> Result<(Tensor, Tensor, Tensor)> {
+        let (c1, c2) = self.corrections(step.t);
+        let g = (g * step.scale)?;
+        let m = ((m * self.beta1)? + (&g * (1.0 - self.beta1))?)?;
+        let q = ((q * self.beta2)? + (g.sqr()? * (1.0 - self.beta2))?)?;
+        let denominator = ((q.sqrt()? / c2.sqrt())? + self.eps)?;
+        let p = ((p * (1.0 - step.lr * self.weight_decay))? - ((&m * (step.lr / c1))? / denominator)?)?;
+        Ok((p, m, q))
+    }
+}
+
+#[derive(Clone, Copy, Debug)]
+enum Rule {
+    Sgd(Sgd),
+    AdamW(AdamW),
+}
+
+impl Rule {
+    /// Names of the buffers beside each parameter.
+    fn buffers(&self) -> &'static [&'static str] {
+        match self {
+            Self::Sgd(_) => &["momentum"],
+            Self::AdamW(_) => &["exp_avg", "exp_avg_sq"],
+        }
+    }
+}
+
+/// What an optimiser moves.
+#[derive(Clone)]
+pub enum Target {
+    /// The flat values of a network.
+    Network(Arc<dyn Model>),
+    /// One variable.
+    Var(Var),
+}
+
+/// Something to be trained, under the name that its state is kept by.
+#[derive(Clone)]
+pub struct Part {
+    /// `student`, `nd.network.0`, `ctkd.var.temperature`, ...
+    pub name: String,
+    /// The parameters.
+    pub target: Target,
+    /// Name prefixes of a network's parameters that are left as they are.
+    pub unused: Vec<String>,
+}
+
+impl Part {
+    /// The network, where it is one.
+    pub(crate) fn network(&self) -> Option<&dyn Model> {
+        match &self.target {
+            Target::Network(network) => Some(network.as_ref()),
+            Target::Var(_) => None,
+        }
+    }
+}
+
+struct Trained {
+    name: String,
+    target: Target,
+    /// What moves, within the flat values.
+    ranges: Vec<Range<usize>>,
+    buffers: Vec<Flat>,
+}
+
+/// The optimiser of a run: one rule over several parts.
+pub struct Optimiser {
+    rule: Rule,
+    parts: Vec<Trained>,
+    steps: u64,
+}
+
+impl Optimiser {
+    /// With empty buffers for every part.
+    ///
+    /// # Errors
+    /// A network without flat parameters.
+    pub fn new(config: &OptimConfig, parts: Vec<Part>) -> Result<Self> {
+        let rule = config.rule();
+        let parts = parts
+            .into_iter()
+            .map(|part| {
+                let (len, dtype, device, ranges) = match &part.target {
+                    Target::Network(network) => {
+                        let params = network.params().ok_or_else(|| Error::missing(&part.name, "flat parameters"))?;
+                        let used = |name: &str| !part.unused.iter().any(|prefix| name.starts_with(prefix.as_str()));
+                        let mut ranges: Vec<Range<usize>> = vec![];
+                        for entry in params.entries().iter().filter(|e| used(&e.name)) {
+                            match ranges.last_mut() {
+                                Some(last) if last.end == entry.offset => last.end = entry.range().end,
+                                _ => ranges.push(entry.range()),
+                            }
+                        }
+                        (params.count(), params.dtype(), params.device().clone(), ranges)
+                    }
+                    Target::Var(var) => {
+                        (var.elem_count(), var.dtype(), var.device().clone(), std::iter::once(0..var.elem_count()).collect())
+                    }
+                };
+                let buffers = rule.buffers().iter().map(|_| Flat::zeros(len, dtype, &device)).collect::<Result<_>>()?;
+                Ok(Trained { name: part.name, target: part.target, ranges, buffers })
+            })
+            .collect::<Result<_>>()?;
+        Ok(Self { rule, parts, steps: 0 })
+    }
+
+    /// Moves every part by one step. `grads` holds one gradient per part, flat for a network; `None` counts as zero.
+    pub fn step(&mut self, grads: &[Option<Tensor>], lr: f64, scale: f64) -> Result<()> {
+        self.steps += 1;
+        let step = Step { lr, scale, t: self.steps };
+        self.parts.iter().zip(grads).try_for_each(|(part, grad)| part.step(&self.rule, grad.as_ref(), step))
+    }
+
+    /// Buffers and step count by part name, copies.
+    pub fn state(&self) -> Result<StateDict> {
+        let mut state = StateDict::new();
+        state.insert("steps".to_string(), Tensor::new(self.steps as i64, &Device::Cpu)?);
+        for part in &self.parts {
+            for (buffer, name) in part.buffers.iter().zip(self.rule.buffers()) {
+                state.insert(format!("{}.{name}", part.name), buffer.snapshot()?);
+            }
+        }
+        Ok(state)
+    }
+
+    /// Takes back what [`Optimiser::state`] gave.
+    ///
+    /// # Errors
+    /// State of another rule or other parts.
+    pub fn load_state(&mut self, state: &StateDict) -> Result<()> {
+        let get = |name: &str| state.get(name).ok_or_else(|| Error::missing("the optimiser's state", name));
+        for part in &self.parts {
+            for (buffer, name) in part.buffers.iter().zip(self.rule.buffers()) {
+                buffer.set(get(&format!("{}.{name}", part.name))?)?;
+            }
+        }
+        self.steps = get("steps")?.to_scalar::<i64>()? as u64;
+        Ok(())
+    }
+}
+
+impl Trained {
+    fn step(&self, rule: &Rule, grad: Option<&Tensor>, step: Step) -> Result<()> {
+        match &self.target {
+            Target::Network(network) => {
+                let params = network.params().ok_or_else(|| Error::missing(&self.name, "flat parameters"))?;
+                let zero = || Tensor::zeros(params.count(), params.dtype(), params.device());
+                let grad = grad.map_or_else(zero, |g| Ok(g.clone()))?;
+                match (params.device().is_cpu(), params.dtype()) {
+                    (true, DType::F32) => self.sweep::<f32>(params.values(), rule, &grad, step),
+                    (true, DType::F64) => self.sweep::<f64>(params.values(), rule, &grad, step),
+                    _ => params.values().set(&self.compose(params.values().snapshot()?, rule, &grad, step)?),
+                }
+            }
+            Target::Var(var) => {
+                let grad = grad.map_or_else(|| var.zeros_like(), |g| Ok(g.clone()))?.flatten_all()?;
+                let moved = self.compose(var.as_detached_tensor().flatten_all()?, rule, &grad, step)?;
+                Ok(var.set(&moved.reshape(var.shape())?)?)
+            }
+        }
+    }
+
+    fn sweep<T: Real>(&self, values: &Flat, rule: &Rule, grad: &Tensor, step: Step) -> Result<()> {
+        with_slice::<T, _>(grad, |g| {
+            values.write::<T, _>(|p| match rule {
+                Rule::Sgd(sgd) => self.buffers[0].write::<T, _>(|v| {
+                    self.ranges.iter().cloned().for_each(|r| sgd.sweep(&mut p[r.clone()], &g[r.clone()], &mut v[r], step));
+                }),
+                Rule::AdamW(adam) => self.buffers[0].write::<T, _>(|m| {
+                    self.buffers[1].write::<T, _>(|q| {
+                        for r in self.ranges.iter().cloned() {
+                            adam.sweep(&mut p[r.clone()], &g[r.clone()], &mut m[r.clone()], &mut q[r], step);
+                        }
+                    })
+                })?,
+            })
+        })??
+    }
+
+    /// The new values; the buffers move too.
+    fn compose(&self, mut values: Tensor, rule: &Rule, grad: &Tensor, step: Step) -> Result<Tensor> {
+        let mut buffers = self.buffers.iter().map(Flat::snapshot).collect::<Result<Vec<_>>>()?;
+        for range in &self.ranges {
+            let part = |t: &Tensor| t.narrow(0, range.start, range.len());
+            let moved = match rule {
+                Rule::Sgd(sgd) => {
+                    let (p, v) = sgd.compose(&part(&values)?, &part(grad)?, &part(&buffers[0])?, step)?;
+                    vec![p, v]
+                }
+                Rule::AdamW(adam) => {
+                    let (p, m, q) = adam.compose(&part(&values)?, &part(grad)?, &part(&buffers[0])?, &part(&buffers[1])?, step)?;
+                    vec![p, m, q]
+                }
+            };
+            for (old, new) in std::iter::once(&mut values).chain(&mut buffers).zip(&moved) {
+                *old = old.slice_scatter0(new, range.start)?;
+            }
+        }
+        self.buffers.iter().zip(&buffers).try_for_each(|(flat, new)| flat.set(new))?;
+        Ok(values)
+    }
+}
+
+/// The l2 norm over all gradients, summed in f64 in a fixed order on the CPU.
+pub fn grad_norm(grads: &[Option<Tensor>]) -> Result<f64> {
+    let mut sum = 0.0;
+    for grad in grads.iter().flatten() {
+        sum += match (grad.device().is_cpu(), grad.dtype()) {
+            (true, DType::F32) => with_slice::<f32, _>(grad, |g| square_sum(g, f64::from))?,
+            (true, DType::F64) => with_slice::<f64, _>(grad, |g| square_sum(g, |v| v))?,
+            _ => f64::from(grad.to_dtype(DType::F32)?.sqr()?.sum_all()?.to_scalar::<f32>()?),
+        };
+    }
+    Ok(sum.sqrt())
+}
+
+/// Factor of the gradient that keeps its norm within `clip` (0: no bound).
+pub fn clip_scale(norm: f64, clip: f64) -> f64 {
+    if clip > 0.0 { (clip / (norm + 1e-6)).min(1.0) } else { 1.0 }
+}
+
+/// Eight sums side by side: a single one waits for itself.
+fn square_sum<T: Copy>(values: &[T], widen: impl Fn(T) -> f64) -> f64 {
+    let mut sums = [0.0; 8];
+    let chunks = values.chunks_exact(8);
+    let rest: f64 = chunks.remainder().iter().map(|&v| widen(v) * widen(v)).sum();
+    for chunk in chunks {
+        for (sum, &v) in sums.iter_mut().zip(chunk) {
+            *sum += widen(v) * widen(v);
+        }
+    }
+    sums.iter().sum::<f64>() + rest
+}
+
+/// The elements of a CPU tensor without a copy (when it is contiguous).
+fn with_slice<T: Element, R>(tensor: &Tensor, f: impl FnOnce(&[T]) -> R) -> Result<R> {
+    let tensor = tensor.contiguous()?;
+    let (storage, layout) = tensor.storage_and_layout();
+    match &*storage {
+        Storage::Cpu(cpu) => {
+            let start = layout.start_offset();
+            Ok(f(&cpu.as_slice::<T>()?[start..start + tensor.elem_count()]))
+        }
+        _ => Err(Error::refused("a gradient on another device cannot be read in place")),
+    }
+}
