@@ -19,20 +19,23 @@ use crate::registry::SourceEntry;
 use crate::{Dataset, Error, Info, Normalise, Result, Splits};
 
 pub(crate) const CIFAR10: SourceEntry =
-    SourceEntry { name: "cifar10", about: "CIFAR-10: 50,000 + 10,000 images of 32x32, 10 classes", argument: "DIR", open: open_cifar10 };
+    SourceEntry { name: "cifar10", about: "CIFAR-10: 50,000 + 10,000 images of 32x32, 10 classes", argument: "DIR", augment: AUGMENT, open: open_cifar10 };
 pub(crate) const CIFAR100: SourceEntry = SourceEntry {
     name: "cifar100",
     about: "CIFAR-100: 50,000 + 10,000 images of 32x32, 100 classes in 20 groups",
     argument: "DIR",
+    augment: AUGMENT,
     open: |dir| open_cifar100(dir, Label::Fine),
 };
 pub(crate) const CIFAR100_COARSE: SourceEntry = SourceEntry {
     name: "cifar100-coarse",
     about: "CIFAR-100 with its 20 superclasses as labels",
     argument: "DIR",
+    augment: AUGMENT,
     open: |dir| open_cifar100(dir, Label::Coarse),
 };
 
+const AUGMENT: &[&str] = &["pad-crop:4", "flip"];
 const SHAPE: [usize; 3] = [3, 32, 32];
 const PIXELS: usize = 3072;
 

@@ -16,7 +16,7 @@ use crate::registry::SourceEntry;
 use crate::{Dataset, Error, Info, Normalise, Result, Splits};
 
 pub(crate) const ENTRY: SourceEntry =
-    SourceEntry { name: "digits", about: "1,797 handwritten digits, 8x8 grey, embedded (UCI 1998, CC BY 4.0)", argument: "", open };
+    SourceEntry { name: "digits", about: "1,797 handwritten digits, 8x8 grey, embedded (UCI 1998, CC BY 4.0)", argument: "", augment: &["pad-crop:1"], open };
 
 const PACKED: &[u8] = include_bytes!("../data/digits.zlib");
 const IMAGES: usize = 1797;

@@ -11,6 +11,8 @@ pub struct SourceEntry {
     pub about: &'static str,
     /// What stands after the colon; empty for a source that takes nothing.
     pub argument: &'static str,
+    /// The augmentation customary for it, what a config without one gets.
+    pub augment: &'static [&'static str],
     /// Opens it with its argument.
     #[serde(skip)]
     pub open: fn(&str) -> Result<Splits>,
