@@ -1,2 +1,29 @@
-//! Maintenance commands: `cargo xtask --help`.
-fn main() {}
+//! Maintenance commands of the workspace: `cargo xtask --help`. One file per command; the style rules that no linter
+//! knows are tests (`cargo test -p xtask`, module `tidy`).
+#![allow(clippy::print_stdout, reason = "a command-line tool")]
+
+#[cfg(unix)]
+mod cuda_check;
+mod release_check;
+#[cfg(test)]
+mod tidy;
+mod workspace;
+
+use anyhow::Result;
+use clap::Parser;
+
+#[derive(Parser)]
+#[command(bin_name = "cargo xtask", about = "Maintenance commands of the kd workspace")]
+enum Task {
+    ReleaseCheck(release_check::Args),
+    #[cfg(unix)]
+    CudaCheck(cuda_check::Args),
+}
+
+fn main() -> Result<()> {
+    match Task::parse() {
+        Task::ReleaseCheck(args) => release_check::run(&args),
+        #[cfg(unix)]
+        Task::CudaCheck(args) => cuda_check::run(&args),
+    }
+}

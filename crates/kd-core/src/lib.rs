@@ -31,3 +31,8 @@ pub use params::{Flat, ParamEntry, Params, ParamsBuilder};
 pub use registry::{MethodEntry, ParamDoc, ParityInputs, ParityOutput};
 pub use rng::Rng;
 pub use schedule::{Schedule, ScheduleKind, ScheduleUnit};
+
+/// The example of the README is a test.
+#[cfg(doctest)]
+#[doc = include_str!("../README.md")]
+struct Readme;
