@@ -57,7 +57,8 @@ impl Flat {
         if values.dims() != t.dims() {
             return Err(Error::shape("flat buffer", format!("{:?}", t.dims()), values.dims()));
         }
-        *t = values.to_device(t.device())?.to_dtype(t.dtype())?.contiguous()?.copy()?.detach();
+        // Not `copy`, which would keep the storage and offset of a view: readers expect the buffer to begin at 0.
+        *t = values.to_device(t.device())?.to_dtype(t.dtype())?.force_contiguous()?.detach();
         self.version.fetch_add(1, Ordering::Release);
         Ok(())
     }
@@ -451,8 +452,8 @@ impl Params {
 }
 
 fn slice(flat: &Tensor, e: &ParamEntry) -> Result<Tensor> {
-    // A copy: a view would change with the live buffer.
-    Ok(flat.narrow(0, e.offset, e.len())?.reshape(e.shape.as_slice())?.copy()?.detach())
+    // A copy: a view would change with the live buffer. Not `copy`, which on the CPU clones the whole flat storage.
+    Ok(flat.narrow(0, e.offset, e.len())?.reshape(e.shape.as_slice())?.force_contiguous()?.detach())
 }
 
 #[cfg(test)]
