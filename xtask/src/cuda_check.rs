@@ -58,13 +58,15 @@ pub(crate) fn run(args: &Args) -> Result<()> {
                 bail!("`types` has no kernels to link, so cargo can only check, clippy or doc, not `{command}`");
             }
             let bin = stand_in(&workspace.target.join("cuda-stand-in"))?;
-            let mut cargo = cargo_command(&args.cargo, "check", &bin)?;
+            // Nothing but build scripts and macros is compiled: not worth optimising, as the workspace does for its tests.
+            let options = ["--config", "profile.dev.package.\"*\".opt-level=0"];
+            let mut cargo = cargo_command(&options, &args.cargo, "check", &bin)?;
             cargo.env("NVCC", bin.join("nvcc")).env("CARGO_TARGET_DIR", workspace.target.join("cuda-types"));
             status(&mut cargo)
         }
         Mode::Real => {
             let home = toolkit(&workspace.target)?;
-            status(cargo_command(&args.cargo, "build", &home.join("bin"))?.env("CUDA_HOME", home))
+            status(cargo_command(&[], &args.cargo, "build", &home.join("bin"))?.env("CUDA_HOME", home))
         }
         Mode::Env => {
             let home = toolkit(&workspace.target)?;
@@ -75,9 +77,10 @@ pub(crate) fn run(args: &Args) -> Result<()> {
     }
 }
 
-/// `cargo ARGS`, or `cargo DEFAULT` of the whole workspace, with nvcc's folder in front of the path.
-fn cargo_command(args: &[String], default: &str, bin: &Path) -> Result<Command> {
+/// `cargo OPTIONS ARGS`, or `cargo OPTIONS DEFAULT` of the whole workspace, with nvcc's folder in front of the path.
+fn cargo_command(options: &[&str], args: &[String], default: &str, bin: &Path) -> Result<Command> {
     let mut command = cargo();
+    command.args(options);
     if args.is_empty() {
         command.args([default, "--workspace", "--features", "cuda"]);
     } else {
@@ -120,10 +123,10 @@ fn toolkit(target: &Path) -> Result<PathBuf> {
 }
 
 fn install(kit: &Path, home: &Path, version: &str) -> Result<()> {
-    let wheel = format!("cuda-toolkit[nvcc,crt,nvvm,cccl,cudart,cublas,curand,nvrtc]=={version}");
+    let wheels = format!("cuda-toolkit[nvcc,crt,nvvm,cccl,cudart,cublas,curand,nvrtc]=={version}");
     let mut pip = Command::new("python3");
     pip.args(["-m", "pip", "install", "--quiet", "--disable-pip-version-check", "--root-user-action=ignore", "--no-cache-dir"]);
-    status(pip.arg("--target").arg(kit).arg(wheel))?;
+    status(pip.arg("--target").arg(kit).arg(wheels))?;
     if !home.join("bin/nvcc").exists() {
         bail!("the wheels of cuda-toolkit {version} brought no nvcc; those of {TOOLKIT} do");
     }
