@@ -18,8 +18,13 @@ use std::sync::Arc;
 use crate::registry::SourceEntry;
 use crate::{Dataset, Error, Info, Normalise, Result, Splits};
 
-pub(crate) const CIFAR10: SourceEntry =
-    SourceEntry { name: "cifar10", about: "CIFAR-10: 50,000 + 10,000 images of 32x32, 10 classes", argument: "DIR", augment: AUGMENT, open: open_cifar10 };
+pub(crate) const CIFAR10: SourceEntry = SourceEntry {
+    name: "cifar10",
+    about: "CIFAR-10: 50,000 + 10,000 images of 32x32, 10 classes",
+    argument: "DIR",
+    augment: AUGMENT,
+    open: open_cifar10,
+};
 pub(crate) const CIFAR100: SourceEntry = SourceEntry {
     name: "cifar100",
     about: "CIFAR-100: 50,000 + 10,000 images of 32x32, 100 classes in 20 groups",
@@ -78,7 +83,7 @@ fn open_cifar10(dir: &str) -> Result<Splits> {
             Dataset::new(info.clone(), records.pixels, labels).map(Ok)
         }
     };
-    Ok(Splits { train: read(&train)?, test: read(&test)?, validation: None, info })
+    Ok(Splits { train: read(&train)?, test: read(&test)?, validation: None, notes: vec![], info })
 }
 
 fn open_cifar100(dir: &str, label: Label) -> Result<Splits> {
@@ -110,7 +115,7 @@ fn open_cifar100(dir: &str, label: Label) -> Result<Splits> {
             Dataset::new(info.clone(), records.pixels, labels).map(Ok)
         }
     };
-    Ok(Splits { train: set(train)?, test: set(test)?, validation: None, info })
+    Ok(Splits { train: set(train)?, test: set(test)?, validation: None, notes: vec![], info })
 }
 
 /// `dir` itself or its sub-folder `name`, whichever holds a file of either set.

@@ -1,9 +1,11 @@
-//! Data sets in memory: images as bytes, labels, and what is known about them.
+//! Data sets: images, labels, and what is known about them.
 
+use std::path::PathBuf;
 use std::sync::Arc;
 
 use sha2::{Digest, Sha256};
 
+use crate::files::Files;
 use crate::image::Image;
 use crate::select::{self, Options};
 use crate::{Error, Result};
@@ -13,7 +15,7 @@ use crate::{Error, Result};
 pub struct Info {
     /// The source's name.
     pub name: String,
-    /// `[C,H,W]` of every image.
+    /// `[C,H,W]` of every image as a [`Loader`](crate::Loader) hands it out unless its options change the size.
     pub shape: [usize; 3],
     /// One name a class.
     pub class_names: Vec<String>,
@@ -58,11 +60,20 @@ impl Normalise {
     }
 }
 
+/// Where the images of a set are.
+#[derive(Debug)]
+enum Images {
+    /// In memory, one behind the other, all of the shape that [`Info`] states.
+    Memory(Vec<u8>),
+    /// In files, decoded when they are asked for.
+    Files(Files),
+}
+
 /// Labelled images: a view of some records of a source. Cloning and taking subsets copies no pixel.
 #[derive(Clone, Debug)]
 pub struct Dataset {
     info: Arc<Info>,
-    pixels: Arc<Vec<u8>>,
+    images: Arc<Images>,
     records: Vec<u32>,
     labels: Vec<u32>,
     given_labels: Vec<u32>,
@@ -81,12 +92,22 @@ impl Dataset {
                 format!("{} labels of {:?} images need {} bytes, got {}", labels.len(), info.shape, size * labels.len(), pixels.len()),
             ));
         }
+        Self::with(info, Images::Memory(pixels), labels)
+    }
+
+    /// From image files and a label for each.
+    pub(crate) fn from_files(info: Arc<Info>, files: Files, labels: Vec<u32>) -> Result<Self> {
+        debug_assert_eq!(files.len(), labels.len());
+        Self::with(info, Images::Files(files), labels)
+    }
+
+    fn with(info: Arc<Info>, images: Images, labels: Vec<u32>) -> Result<Self> {
         if let Some(i) = labels.iter().position(|l| *l as usize >= info.class_names.len()) {
             return Err(Error::spec(&info.name, format!("label {} of image {i}: must be below {}", labels[i], info.class_names.len())));
         }
         info.normalise.check(info.shape[0])?;
         let records = (0..labels.len() as u32).collect();
-        Ok(Self { info, pixels: Arc::new(pixels), records, given_labels: labels.clone(), labels })
+        Ok(Self { info, images: Arc::new(images), records, given_labels: labels.clone(), labels })
     }
 
     /// What is known about the data.
@@ -124,15 +145,39 @@ impl Dataset {
         self.records[sample]
     }
 
-    /// The bytes of one sample.
-    pub fn pixels(&self, sample: usize) -> &[u8] {
-        let size: usize = self.info.shape.iter().product();
-        let start = self.records[sample] as usize * size;
-        &self.pixels[start..start + size]
+    /// The image of one sample as the source has it.
+    ///
+    /// # Errors
+    /// A file that cannot be read as an image.
+    pub fn image(&self, sample: usize) -> Result<Image> {
+        let mut image = Image::default();
+        self.read(sample, &mut image)?;
+        Ok(image)
     }
 
-    pub(crate) fn read(&self, sample: usize, into: &mut Image) {
-        into.assign(self.info.shape, self.pixels(sample));
+    pub(crate) fn read(&self, sample: usize, into: &mut Image) -> Result<()> {
+        let record = self.records[sample] as usize;
+        match &*self.images {
+            Images::Memory(pixels) => into.assign(self.info.shape, pixels_of(pixels, self.info.shape, record)),
+            Images::Files(files) => files.read(record, into)?,
+        }
+        Ok(())
+    }
+
+    /// The `[H,W]` of every image as the source has it; `None` where they differ.
+    pub(crate) fn size(&self) -> Option<[usize; 2]> {
+        match &*self.images {
+            Images::Memory(_) => Some([self.info.shape[1], self.info.shape[2]]),
+            Images::Files(files) => files.size(),
+        }
+    }
+
+    /// The place of a sample's image where it is a file.
+    pub(crate) fn file(&self, sample: usize) -> Option<PathBuf> {
+        match &*self.images {
+            Images::Memory(_) => None,
+            Images::Files(files) => Some(files.path(self.records[sample] as usize)),
+        }
     }
 
     /// The samples at `positions`, in that order.
@@ -156,23 +201,6 @@ impl Dataset {
         lists
     }
 
-    /// Mean and deviation (of the population, as the published constants) of every channel over all samples.
-    pub fn mean_std(&self) -> Normalise {
-        let [channels, height, width] = self.info.shape;
-        let plane = height * width;
-        let mut sums = vec![(0u64, 0u64); channels];
-        for i in 0..self.len() {
-            for (sum, plane) in sums.iter_mut().zip(self.pixels(i).chunks_exact(plane)) {
-                sum.0 += plane.iter().map(|&v| u64::from(v)).sum::<u64>();
-                sum.1 += plane.iter().map(|&v| u64::from(v) * u64::from(v)).sum::<u64>();
-            }
-        }
-        let n = (self.len() * plane) as f64;
-        let mean = |s: &(u64, u64)| s.0 as f64 / n;
-        let std = |s: &(u64, u64)| (s.1 as f64 / n - mean(s).powi(2)).max(0.0).sqrt();
-        Normalise { mean: sums.iter().map(|s| mean(s) / 255.0).collect(), std: sums.iter().map(|s| std(s) / 255.0).collect() }
-    }
-
     fn hash(&self, hasher: &mut Sha256) {
         hasher.update((self.len() as u64).to_le_bytes());
         for extent in self.info.shape {
@@ -180,9 +208,18 @@ impl Dataset {
         }
         for i in 0..self.len() {
             hasher.update(self.labels[i].to_le_bytes());
-            hasher.update(self.pixels(i));
+            let record = self.records[i] as usize;
+            match &*self.images {
+                Images::Memory(pixels) => hasher.update(pixels_of(pixels, self.info.shape, record)),
+                Images::Files(files) => files.hash(record, hasher),
+            }
         }
     }
+}
+
+fn pixels_of(pixels: &[u8], shape: [usize; 3], record: usize) -> &[u8] {
+    let size: usize = shape.iter().product();
+    &pixels[record * size..][..size]
 }
 
 /// The sets of one source.
@@ -192,10 +229,12 @@ pub struct Splits {
     pub info: Arc<Info>,
     /// The training set, or why there is none.
     pub train: Result<Dataset, String>,
-    /// Held out for model selection, when the options ask for it.
+    /// Held out for model selection, when the options ask for it or the source has such a set.
     pub validation: Option<Dataset>,
     /// The test set, or why there is none.
     pub test: Result<Dataset, String>,
+    /// What a user should know about how the sets were made, one line each.
+    pub notes: Vec<String>,
 }
 
 impl Splits {
@@ -226,12 +265,13 @@ impl Splits {
     pub fn select(mut self, options: &Options, seed: u64) -> Result<Self> {
         let (train, validation) = select::select(self.train()?, options, seed)?;
         self.train = Ok(train);
-        self.validation = validation;
+        self.validation = validation.or(self.validation);
         Ok(self)
     }
 
     /// SHA-256, in hexadecimal, over shape, labels and pixels of every set and over the class names: two runs see the same data exactly when it
-    /// is the same. What the options selected is part of it; where the files are is not.
+    /// is the same. What the options selected is part of it; where the files are is not. Of images in files, names and sizes in bytes stand for
+    /// the pixels.
     pub fn fingerprint(&self) -> String {
         let mut hasher = Sha256::new();
         for name in &self.info.class_names {

@@ -15,8 +15,13 @@ use kd_core::Rng;
 use crate::registry::SourceEntry;
 use crate::{Dataset, Error, Info, Normalise, Result, Splits};
 
-pub(crate) const ENTRY: SourceEntry =
-    SourceEntry { name: "digits", about: "1,797 handwritten digits, 8x8 grey, embedded (UCI 1998, CC BY 4.0)", argument: "", augment: &["pad-crop:1"], open };
+pub(crate) const ENTRY: SourceEntry = SourceEntry {
+    name: "digits",
+    about: "1,797 handwritten digits, 8x8 grey, embedded (UCI 1998, CC BY 4.0)",
+    argument: "",
+    augment: &["pad-crop:1"],
+    open,
+};
 
 const PACKED: &[u8] = include_bytes!("../data/digits.zlib");
 const IMAGES: usize = 1797;
@@ -49,5 +54,5 @@ fn open(_: &str) -> Result<Splits> {
         *count += 1;
     }
     let (test, train): (Vec<u32>, Vec<u32>) = (0..IMAGES as u32).partition(|&i| test[i as usize]);
-    Ok(Splits { info, train: Ok(all.subset(&train)), validation: None, test: Ok(all.subset(&test)) })
+    Ok(Splits { info, train: Ok(all.subset(&train)), validation: None, test: Ok(all.subset(&test)), notes: vec![] })
 }

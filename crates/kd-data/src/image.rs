@@ -1,5 +1,8 @@
 //! One image as planes of bytes.
 
+use fast_image_resize::images::{Image as Target, ImageRef};
+use fast_image_resize::{FilterType, PixelType, ResizeAlg, ResizeOptions, Resizer};
+
 /// An image of `channels` planes, each `height` rows of `width` bytes: what a data set holds and a transform changes.
 #[derive(Clone, Debug, Default, PartialEq, Eq)]
 pub struct Image {
@@ -22,13 +25,71 @@ impl Image {
         self.data.extend_from_slice(data);
     }
 
+    /// `[channels, height, width]`.
+    pub fn shape(&self) -> [usize; 3] {
+        [self.channels, self.height, self.width]
+    }
+
+    /// The planes.
+    pub fn planes(&self) -> impl Iterator<Item = &[u8]> {
+        self.data.chunks_exact((self.height * self.width).max(1))
+    }
+
+    /// The planes.
+    pub fn planes_mut(&mut self) -> impl Iterator<Item = &mut [u8]> {
+        self.data.chunks_exact_mut((self.height * self.width).max(1))
+    }
+
     /// The rows of all planes, top to bottom.
     pub fn rows_mut(&mut self) -> impl Iterator<Item = &mut [u8]> {
         self.data.chunks_exact_mut(self.width.max(1))
     }
 
-    /// `[channels, height, width]`.
-    pub fn shape(&self) -> [usize; 3] {
-        [self.channels, self.height, self.width]
+    /// Becomes the part of `height` x `width` pixels whose corner is (`top`, `left`), which may lie outside: what no pixel covers is black.
+    /// `spare` is a buffer to build it in.
+    pub fn crop(&mut self, spare: &mut Vec<u8>, [top, left]: [isize; 2], [height, width]: [usize; 2]) {
+        spare.clear();
+        spare.resize(self.channels * height * width, 0);
+        // The rows and columns of the result that show the image.
+        let (rows, columns) = (overlap(top, height, self.height), overlap(left, width, self.width));
+        if !rows.is_empty() && !columns.is_empty() {
+            let first_row = rows.start.wrapping_add_signed(top);
+            let first_column = columns.start.wrapping_add_signed(left);
+            for (from, to) in self.planes().zip(spare.chunks_exact_mut(height * width)) {
+                let from = from.chunks_exact(self.width).skip(first_row);
+                for (from, to) in from.zip(to.chunks_exact_mut(width).skip(rows.start).take(rows.len())) {
+                    to[columns.clone()].copy_from_slice(&from[first_column..first_column + columns.len()]);
+                }
+            }
+        }
+        std::mem::swap(&mut self.data, spare);
+        (self.height, self.width) = (height, width);
     }
+
+    /// Becomes `height` x `width` pixels large: triangle filter, widened when shrinking (Pillow's `BILINEAR`, torchvision's default).
+    pub fn resize(&mut self, spare: &mut Vec<u8>, [height, width]: [usize; 2]) {
+        if [height, width] == [self.height, self.width] {
+            return;
+        }
+        spare.clear();
+        spare.resize(self.channels * height * width, 0);
+        let options = ResizeOptions::new().resize_alg(ResizeAlg::Convolution(FilterType::Bilinear)).use_alpha(false);
+        let mut resizer = Resizer::new();
+        for (from, to) in self.planes().zip(spare.chunks_exact_mut(height * width)) {
+            let from = ImageRef::new(self.width as u32, self.height as u32, from, PixelType::U8)
+                .expect("invariant: a plane is height * width bytes");
+            let mut to =
+                Target::from_slice_u8(width as u32, height as u32, to, PixelType::U8).expect("invariant: a plane is height * width bytes");
+            resizer.resize(&from, &mut to, &options).expect("invariant: both planes are bytes and nothing is cropped");
+        }
+        std::mem::swap(&mut self.data, spare);
+        (self.height, self.width) = (height, width);
+    }
+}
+
+/// The positions of a window of `length` from `start` on that lie within `0..extent`, counted in the window.
+fn overlap(start: isize, length: usize, extent: usize) -> std::ops::Range<usize> {
+    let first = start.min(0).unsigned_abs().min(length);
+    let end = (extent as isize - start).clamp(first as isize, length as isize) as usize;
+    first..end
 }

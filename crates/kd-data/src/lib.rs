@@ -2,8 +2,8 @@
 //!
 //! | module | holds |
 //! |---|---|
-//! | [`registry`] | the sources ([`open`]): `digits` (embedded), `cifar10:DIR`, `cifar100:DIR`, `cifar100-coarse:DIR` |
-//! | [`dataset`] | [`Dataset`]: images as bytes, NCHW; [`Splits`]; [`Info`] |
+//! | [`registry`] | the sources ([`open`]): `digits` (embedded), `cifar10:DIR`, `cifar100:DIR`, `cifar100-coarse:DIR`, `imagefolder:PATH` |
+//! | [`dataset`] | [`Dataset`]: images and labels; [`Splits`]; [`Info`] |
 //! | [`select`] | [`Options`]: validation split, class-balanced training subset, label noise |
 //! | [`transforms`] | [`Pipeline`]: augmentation written as strings, one file a transform |
 //! | [`loader`] | [`Loader`]: batches, prefetched by a thread of its own |
@@ -27,11 +27,15 @@
 
 mod cifar;
 pub mod dataset;
+mod decode;
 mod digits;
 pub mod error;
+mod files;
+mod folder;
 pub mod image;
 pub mod loader;
 pub mod registry;
+mod root;
 pub mod select;
 pub mod transforms;
 
@@ -41,4 +45,5 @@ pub use image::Image;
 pub use loader::{Loader, LoaderOptions};
 pub use registry::{SOURCES, SourceEntry, open};
 pub use select::Options;
-pub use transforms::{Pipeline, TRANSFORMS, Transform, TransformEntry};
+pub use transforms::mix::Mix;
+pub use transforms::{Pipeline, Step, TRANSFORMS, Transform, TransformEntry};

@@ -2,11 +2,16 @@
 //!
 //! The thread builds batch after batch (bytes, augmented, normalised, as tensors on the wanted device) and hands them over through a channel of
 //! `prefetch` places; both sides block, neither polls. With `threads` > 1 the samples of a batch are spread over that many threads. Nothing of a
-//! batch depends on who built it or when: the order is the permutation of stream (seed, `"order"`, epoch), and sample `i` as view `v` draws from
-//! stream (seed, `"augment"`, epoch, i, v). Starting at batch `first` of an epoch gives what an unbroken epoch gives from there on.
+//! batch depends on who built it or when: the order is the permutation of stream (seed, `"order"`, epoch), sample `i` as view `v` draws from
+//! stream (seed, `"augment"`, epoch, i, v), and the mixture of the b-th batch from (seed, `"mix"`, epoch, b). Starting at batch `first` of an
+//! epoch gives what an unbroken epoch gives from there on.
+//!
+//! Images in files are decoded for each batch. Those decoded first stay in memory, as they are after the steps of `augment` that hold no chance,
+//! until `cache_bytes` are used up; what is kept changes the speed alone.
 
-use std::sync::Arc;
+use std::sync::atomic::{AtomicUsize, Ordering};
 use std::sync::mpsc::{Receiver, sync_channel};
+use std::sync::{Arc, OnceLock};
 use std::thread::JoinHandle;
 use std::time::{Duration, Instant};
 
@@ -25,14 +30,17 @@ pub struct LoaderOptions {
     pub seed: u64,
     /// Differently augmented copies of each sample, 1 or more.
     pub views: usize,
-    /// The augmentation of each view; the last entry serves the views beyond it, none at all leaves the images as they are.
+    /// The augmentation of each view; the last entry serves the views beyond it, none at all leaves the images as they are. Mixtures are taken
+    /// from the first.
     pub augment: Vec<Pipeline>,
     /// Leaves out a last batch that is not full.
     pub drop_last: bool,
-    /// Threads that augment; 0 and 1: the prefetching thread alone, which is enough for images in memory.
+    /// Threads that decode and augment; 0: as many as there are cores for images in files, 1 (which is enough) for images in memory.
     pub threads: usize,
     /// Batches made ahead, 1 or more.
     pub prefetch: usize,
+    /// Bytes that decoded images may keep.
+    pub cache_bytes: usize,
     /// Type of the images, f32 or f64.
     pub dtype: DType,
     /// Where the tensors go.
@@ -49,8 +57,9 @@ impl Default for LoaderOptions {
             views: 1,
             augment: vec![],
             drop_last: false,
-            threads: 1,
+            threads: 0,
             prefetch: 3,
+            cache_bytes: 1 << 30,
             dtype: DType::F32,
             device: Device::Cpu,
             normalise: None,
@@ -74,12 +83,14 @@ impl Loader {
         Self::new(data, options.clone(), true)
     }
 
-    /// A loader for evaluation: every sample once, in the data set's order, not augmented, one view, none left out.
+    /// A loader for evaluation: every sample once, in the data set's order, not augmented
+    /// ([`Pipeline::at_evaluation`] of the first view's list), one view, none left out.
     ///
     /// # Errors
     /// As [`Loader::train`].
     pub fn eval(data: &Dataset, options: &LoaderOptions) -> Result<Self> {
-        Self::new(data, LoaderOptions { views: 1, augment: vec![], drop_last: false, ..options.clone() }, false)
+        let augment = options.augment.first().map(Pipeline::at_evaluation).into_iter().collect();
+        Self::new(data, LoaderOptions { views: 1, augment, drop_last: false, ..options.clone() }, false)
     }
 
     fn new(data: &Dataset, options: LoaderOptions, shuffle: bool) -> Result<Self> {
@@ -94,29 +105,32 @@ impl Loader {
         if !matches!(options.dtype, DType::F32 | DType::F64) {
             return Err(Error::option("dtype", options.dtype.as_str(), "f32 or f64"));
         }
-        let info = data.info();
-        let normalise = options.normalise.as_ref().unwrap_or(&info.normalise);
-        normalise.check(info.shape[0])?;
-        let shape = view(&options.augment, 0).shape(info.shape)?;
-        for v in 1..options.views {
-            let other = view(&options.augment, v).shape(info.shape)?;
-            if other != shape {
-                return Err(Error::option(
-                    "augment",
-                    format!("images of {other:?} in view {v}"),
-                    format!("of one size in all views ({shape:?})"),
-                ));
-            }
-        }
-        let pool = match options.threads {
-            0 | 1 => None,
-            n => {
-                let built = rayon::ThreadPoolBuilder::new().num_threads(n).thread_name(|i| format!("kd-data-{i}")).build();
-                Some(built.map_err(|e| Error::Loader(format!("cannot start {n} loader threads: {e}")))?)
-            }
-        };
+        let channels = data.info().shape[0];
+        let normalise = options.normalise.as_ref().unwrap_or(&data.info().normalise);
+        normalise.check(channels)?;
         let table = normalise.table();
-        let plan = Plan { data: data.clone(), options, shuffle, shape, table, pool };
+
+        let list = |v| options.augment.get(v).or(options.augment.last()).cloned().unwrap_or_default();
+        let sized = (0..options.views).map(|v| to_one_size(list(v), data)).collect::<Result<Vec<_>>>()?;
+        let size = sized[0].1;
+        if let Some((_, other)) = sized.iter().find(|(_, s)| *s != size) {
+            return Err(Error::option("augment", format!("views of {size:?} and {other:?} pixels"), "of one size in all views"));
+        }
+        let views: Vec<Pipeline> = sized.into_iter().map(|(view, _)| view).collect();
+        let fixed = views.iter().map(|v| views[0].common_fixed_steps(v)).min().unwrap_or(0);
+
+        let in_files = data.file(0).is_some();
+        let threads = match options.threads {
+            0 if in_files => std::thread::available_parallelism().map_or(1, usize::from),
+            n => n,
+        };
+        let pool = (threads > 1).then(|| {
+            let built = rayon::ThreadPoolBuilder::new().num_threads(threads).thread_name(|i| format!("kd-data-{i}")).build();
+            built.map_err(|e| Error::Loader(format!("cannot start {threads} loader threads: {e}")))
+        });
+        let cache = in_files.then(|| Cache::new(data.len(), options.cache_bytes));
+        let shape = [channels, size[0], size[1]];
+        let plan = Plan { data: data.clone(), options, shuffle, shape, views, fixed, table, pool: pool.transpose()?, cache };
         Ok(Self { plan: Arc::new(plan), epoch: None, waited: Duration::ZERO })
     }
 
@@ -129,6 +143,44 @@ impl Loader {
     pub fn waited(&self) -> Duration {
         self.waited
     }
+
+    /// Mean and deviation (of the population, as the published constants) of every channel, over all samples as the first epoch's first view
+    /// shows them: of an evaluating loader over a training set, what `normalise` should be.
+    ///
+    /// # Errors
+    /// A file that cannot be read as an image.
+    pub fn mean_std(&self) -> Result<Normalise> {
+        let plan = &self.plan;
+        let samples: Vec<u32> = (0..plan.data.len() as u32).collect();
+        let sums: Vec<Result<Vec<(u64, u64)>>> = plan.each(samples, |buffers, sample| {
+            let image = plan.view(sample, plan.augment_rng(0), 0, buffers)?;
+            let sum = |plane: &[u8]| plane.iter().fold((0, 0), |(sum, squares), &v| (sum + u64::from(v), squares + u64::from(v).pow(2)));
+            Ok(image.planes().map(sum).collect())
+        });
+        let mut totals = vec![(0u64, 0u64); plan.shape[0]];
+        for sums in sums {
+            totals.iter_mut().zip(sums?).for_each(|(total, sum)| *total = (total.0 + sum.0, total.1 + sum.1));
+        }
+        let n = (plan.data.len() * plan.shape[1] * plan.shape[2]) as f64;
+        let mean = |total: &(u64, u64)| total.0 as f64 / n / 255.0;
+        let std = |total: &(u64, u64)| (total.1 as f64 / n / (255.0 * 255.0) - mean(total).powi(2)).max(0.0).sqrt();
+        Ok(Normalise { mean: totals.iter().map(mean).collect(), std: totals.iter().map(std).collect() })
+    }
+}
+
+/// `list` and the size that all images have after it. Where they differ and the list has no say in sizes, they are first brought to
+/// [`Info::shape`](crate::Info::shape).
+fn to_one_size(list: Pipeline, data: &Dataset) -> Result<(Pipeline, [usize; 2])> {
+    if let Some(size) = list.size(data.size())? {
+        return Ok((list, size));
+    }
+    if list.changes_size() {
+        return Err(Error::option("augment", "images that still differ in size", "a list with `center-crop:N` or `random-resized-crop:N`"));
+    }
+    let size = [data.info().shape[1], data.info().shape[2]];
+    let list = list.after(&Pipeline::parse(&crate::folder::to_default_size())?);
+    let size = list.size(Some(size))?.unwrap_or(size);
+    Ok((list, size))
 }
 
 impl BatchSource for Loader {
@@ -175,8 +227,8 @@ impl Running {
         let (sender, receiver) = sync_channel(plan.options.prefetch);
         let work = move || {
             let order = plan.order(epoch);
-            for samples in order.chunks(plan.options.batch_size).take(numbers.end).skip(numbers.start) {
-                let batch = plan.batch(epoch, samples);
+            for (number, samples) in order.chunks(plan.options.batch_size).enumerate().take(numbers.end).skip(numbers.start) {
+                let batch = plan.batch(epoch, number, samples);
                 // Nobody listens any more, or nothing more will come.
                 let last = batch.is_err();
                 if sender.send(batch).is_err() || last {
@@ -227,68 +279,165 @@ struct Plan {
     options: LoaderOptions,
     shuffle: bool,
     shape: [usize; 3],
+    /// The list of each view.
+    views: Vec<Pipeline>,
+    /// How many of their first steps hold no chance and are the same in all of them.
+    fixed: usize,
     table: Vec<[f64; 256]>,
     pool: Option<rayon::ThreadPool>,
+    cache: Option<Cache>,
+}
+
+/// What one thread works in.
+#[derive(Default)]
+struct Buffers {
+    base: Image,
+    image: Image,
+    spare: Vec<u8>,
 }
 
 impl Plan {
     fn order(&self, epoch: usize) -> Vec<u32> {
         match self.shuffle {
-            true => Rng::new(self.options.seed).named("order").fork(epoch as u64).permutation(self.data.len()),
+            true => self.rng("order", epoch).permutation(self.data.len()),
             false => (0..self.data.len() as u32).collect(),
         }
     }
 
-    fn batch(&self, epoch: usize, samples: &[u32]) -> Result<Batch> {
-        let device = &self.options.device;
-        let view = |v| match self.options.dtype {
-            DType::F64 => self.images::<f64>(epoch, samples, v),
-            _ => self.images::<f32>(epoch, samples, v),
-        };
-        let labels = samples.iter().map(|&s| i64::from(self.data.labels()[s as usize])).collect();
+    fn rng(&self, purpose: &str, epoch: usize) -> Rng {
+        Rng::new(self.options.seed).named(purpose).fork(epoch as u64)
+    }
+
+    fn augment_rng(&self, epoch: usize) -> Rng {
+        self.rng("augment", epoch)
+    }
+
+    fn batch(&self, epoch: usize, number: usize, samples: &[u32]) -> Result<Batch> {
+        match self.options.dtype {
+            DType::F64 => self.typed_batch::<f64>(epoch, number, samples),
+            _ => self.typed_batch::<f32>(epoch, number, samples),
+        }
+    }
+
+    fn typed_batch<T: WithDType>(&self, epoch: usize, number: usize, samples: &[u32]) -> Result<Batch> {
+        let ([channels, height, width], device) = (self.shape, &self.options.device);
+        let mut images = self.images::<T>(epoch, samples)?;
+        let mut labels: Vec<i64> = samples.iter().map(|&s| i64::from(self.data.labels()[s as usize])).collect();
+        let mut targets = None;
+        let mixes = self.views[0].mixes();
+        if !mixes.is_empty() {
+            let rng = self.rng("mix", epoch).fork(number as u64);
+            let mix = mixes[rng.below(0, mixes.len() as u64) as usize];
+            let drawn = mix.draw(samples.len(), [height, width], rng.fork(0));
+            for view in &mut images {
+                *view = drawn.images(view, channels * height * width, [height, width]);
+            }
+            let rows = drawn.targets(&labels, self.data.classes());
+            targets =
+                Some(Tensor::from_vec(rows, (samples.len(), self.data.classes()), &Device::Cpu)?.to_dtype(T::DTYPE)?.to_device(device)?);
+            labels = drawn.labels(&labels);
+        }
+        let tensor = |view| Ok(Tensor::from_vec(view, (samples.len(), channels, height, width), device)?);
         Ok(Batch {
-            images: (0..self.options.views).map(view).collect::<Result<_>>()?,
+            images: images.into_iter().map(tensor).collect::<Result<_>>()?,
             labels: Tensor::from_vec(labels, samples.len(), device)?,
-            targets: None,
+            targets,
             indices: Tensor::from_slice(samples, samples.len(), device)?,
         })
     }
 
-    fn images<T: WithDType>(&self, epoch: usize, samples: &[u32], v: usize) -> Result<Tensor> {
+    /// The normalised values of every view.
+    fn images<T: WithDType>(&self, epoch: usize, samples: &[u32]) -> Result<Vec<Vec<T>>> {
         let table: Vec<[T; 256]> = self.table.iter().map(|t| t.map(T::from_f64)).collect();
-        let pipeline = view(&self.options.augment, v);
-        let rng = Rng::new(self.options.seed).named("augment").fork(epoch as u64);
-        let make = |(image, spare): &mut (Image, Vec<u8>), sample: u32, out: &mut [T]| {
-            self.data.read(sample as usize, image);
-            pipeline.apply(image, spare, rng.fork(u64::from(sample)).fork(v as u64));
-            let plane = image.height * image.width;
-            for ((from, to), table) in image.data.chunks_exact(plane).zip(out.chunks_exact_mut(plane)).zip(&table) {
-                for (to, &from) in to.iter_mut().zip(from) {
-                    *to = table[usize::from(from)];
+        let rng = self.augment_rng(epoch);
+        let size: usize = self.shape.iter().product();
+        let mut views = vec![vec![T::from_f64(0.0); samples.len() * size]; self.views.len()];
+        // Each sample with its place in every view.
+        let mut places: Vec<(u32, Vec<&mut [T]>)> = samples.iter().map(|&s| (s, Vec::with_capacity(self.views.len()))).collect();
+        for view in &mut views {
+            places.iter_mut().zip(view.chunks_exact_mut(size)).for_each(|((_, of_sample), place)| of_sample.push(place));
+        }
+        let done = self.each(places, |buffers, (sample, places)| {
+            for (v, place) in places.into_iter().enumerate() {
+                let image = self.view(sample, rng, v, buffers)?;
+                let plane = image.height * image.width;
+                for ((from, to), table) in image.planes().zip(place.chunks_exact_mut(plane)).zip(&table) {
+                    for (to, &from) in to.iter_mut().zip(from) {
+                        *to = table[usize::from(from)];
+                    }
                 }
             }
-        };
-        let size: usize = self.shape.iter().product();
-        let mut out = vec![T::from_f64(0.0); samples.len() * size];
+            Ok(())
+        });
+        done.into_iter().collect::<Result<()>>()?;
+        Ok(views)
+    }
+
+    /// Does `work` for every item, on the pool if there is one; results in the order of the items.
+    fn each<I: Send, R: Send>(&self, items: Vec<I>, work: impl Fn(&mut Buffers, I) -> R + Send + Sync) -> Vec<R> {
         match &self.pool {
-            Some(pool) => pool.install(|| {
-                let work = out.par_chunks_exact_mut(size).zip(samples);
-                work.for_each_init(Default::default, |buffers, (out, &sample)| make(buffers, sample, out));
-            }),
+            Some(pool) => pool.install(|| items.into_par_iter().map_init(Buffers::default, work).collect()),
             None => {
-                let mut buffers = Default::default();
-                for (out, &sample) in out.chunks_exact_mut(size).zip(samples) {
-                    make(&mut buffers, sample, out);
-                }
+                let mut buffers = Buffers::default();
+                items.into_iter().map(|item| work(&mut buffers, item)).collect()
             }
         }
-        let [channels, height, width] = self.shape;
-        Ok(Tensor::from_vec(out, (samples.len(), channels, height, width), &self.options.device)?)
+    }
+
+    /// Sample `sample` as view `v` of the epoch whose stream is `rng`. Views of a sample must be asked for from 0 on: the first reads the image.
+    fn view<'b>(&self, sample: u32, rng: Rng, v: usize, Buffers { base, image, spare }: &'b mut Buffers) -> Result<&'b Image> {
+        let rng = rng.fork(u64::from(sample)).fork(v as u64);
+        let sample = sample as usize;
+        let list = &self.views[v];
+        match self.cache.as_ref().and_then(|cache| cache.get(sample)) {
+            Some(kept) => image.assign(kept.shape(), &kept.data),
+            None => {
+                if v == 0 {
+                    self.data.read(sample, base)?;
+                    list.apply_first(self.fixed, base, spare, rng);
+                    if let Some(cache) = &self.cache {
+                        cache.offer(sample, base);
+                    }
+                }
+                image.assign(base.shape(), &base.data);
+            }
+        }
+        list.apply_rest(self.fixed, image, spare, rng);
+        if image.shape() != self.shape {
+            let ([_, height, width], [_, h, w]) = (self.shape, image.shape());
+            let why =
+                format!("{h}x{w} pixels where others have {height}x{width}: add `center-crop:N` or `random-resized-crop:N` to `augment`");
+            return Err(match self.data.file(sample) {
+                Some(path) => Error::corrupt(&path, why),
+                None => Error::Loader(format!("sample {sample}: {why}")),
+            });
+        }
+        Ok(image)
     }
 }
 
-/// The pipeline of view `v`.
-fn view(augment: &[Pipeline], v: usize) -> &Pipeline {
-    static NONE: Pipeline = Pipeline::none();
-    augment.get(v).or(augment.last()).unwrap_or(&NONE)
+/// Decoded images, kept until the budget is used up.
+struct Cache {
+    budget: usize,
+    used: AtomicUsize,
+    images: Vec<OnceLock<Image>>,
+}
+
+impl Cache {
+    fn new(samples: usize, budget: usize) -> Self {
+        Self { budget, used: AtomicUsize::new(0), images: (0..samples).map(|_| OnceLock::new()).collect() }
+    }
+
+    fn get(&self, sample: usize) -> Option<&Image> {
+        self.images[sample].get()
+    }
+
+    fn offer(&self, sample: usize, image: &Image) {
+        let bytes = image.data.len() + size_of::<Image>();
+        if self.used.fetch_add(bytes, Ordering::Relaxed) + bytes <= self.budget {
+            self.images[sample].get_or_init(|| image.clone());
+        } else {
+            self.used.fetch_sub(bytes, Ordering::Relaxed);
+        }
+    }
 }

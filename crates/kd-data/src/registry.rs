@@ -1,6 +1,6 @@
 //! Every data source by name.
 
-use crate::{Error, Result, Splits, cifar, digits};
+use crate::{Error, Result, Splits, cifar, digits, folder};
 
 /// A source that [`open`] knows.
 #[derive(Debug, serde::Serialize)]
@@ -19,7 +19,7 @@ pub struct SourceEntry {
 }
 
 /// Every source, in the order of listings.
-pub const SOURCES: &[SourceEntry] = &[digits::ENTRY, cifar::CIFAR10, cifar::CIFAR100, cifar::CIFAR100_COARSE];
+pub const SOURCES: &[SourceEntry] = &[digits::ENTRY, cifar::CIFAR10, cifar::CIFAR100, cifar::CIFAR100_COARSE, folder::ENTRY];
 
 /// Opens the source that `spec` names: `NAME` or `NAME:ARGUMENT`. Paths are taken as they stand, relative to the current directory;
 /// nothing reaches for the network or a home directory.

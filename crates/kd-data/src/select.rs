@@ -31,7 +31,10 @@ pub(crate) fn select(train: &Dataset, options: &Options, seed: u64) -> Result<(D
     let root = Rng::new(seed);
     let (mut train, validation) = match options.validation {
         0.0 => (train.clone(), None),
-        share => split(train, share, root.named("validation")),
+        share => {
+            let (train, held) = split(train, share, root.named("validation"));
+            (train, Some(held))
+        }
     };
     if validation.as_ref().is_some_and(Dataset::is_empty) {
         return Err(Error::option("validation", options.validation, "larger: it rounds to no sample of any class"));
@@ -54,14 +57,15 @@ fn shuffled_classes(set: &Dataset, rng: Rng) -> Vec<Vec<u32>> {
     classes
 }
 
-fn split(set: &Dataset, share: f64, rng: Rng) -> (Dataset, Option<Dataset>) {
+/// What stays, and the rounded `share` of each class that is taken out; every class keeps a sample.
+pub(crate) fn split(set: &Dataset, share: f64, rng: Rng) -> (Dataset, Dataset) {
     let (mut rest, mut held) = (Vec::new(), Vec::new());
     for class in shuffled_classes(set, rng) {
         let n = ((class.len() as f64 * share).round() as usize).min(class.len().saturating_sub(1));
         held.extend(&class[..n]);
         rest.extend(&class[n..]);
     }
-    (sorted_subset(set, rest), Some(sorted_subset(set, held)))
+    (sorted_subset(set, rest), sorted_subset(set, held))
 }
 
 fn limit(set: &Dataset, limit: usize, rng: Rng) -> Result<Dataset> {

@@ -4,18 +4,14 @@ use std::sync::Arc;
 
 use kd_core::Rng;
 
-use super::{Transform, TransformEntry};
-use crate::Result;
+use super::{Step, Transform, TransformEntry};
 use crate::image::Image;
 
 pub(super) const ENTRY: TransformEntry = TransformEntry {
     name: "flip",
     about: "left and right exchanged with probability 1/2",
     argument: "",
-    parse: |argument| match argument {
-        "" => Some(Arc::new(Flip)),
-        _ => None,
-    },
+    parse: |argument| argument.is_empty().then(|| Step::Image(Arc::new(Flip))),
 };
 
 #[derive(Debug)]
@@ -26,9 +22,5 @@ impl Transform for Flip {
         if rng.below(0, 2) == 1 {
             image.rows_mut().for_each(<[u8]>::reverse);
         }
-    }
-
-    fn shape(&self, shape: [usize; 3]) -> Result<[usize; 3]> {
-        Ok(shape)
     }
 }

@@ -4,7 +4,7 @@ use std::sync::Arc;
 
 use kd_core::Rng;
 
-use super::{Transform, TransformEntry};
+use super::{Step, Transform, TransformEntry};
 use crate::image::Image;
 use crate::{Error, Result};
 
@@ -13,7 +13,7 @@ pub(super) const ENTRY: TransformEntry = TransformEntry {
     about: "random crop of the image's own size after padding with P black pixels",
     argument: "P (pixels, 1 or more)",
     parse: |argument| match argument.parse() {
-        Ok(pad) if pad > 0 => Some(Arc::new(PadCrop { pad })),
+        Ok(pad) if (1..=4096).contains(&pad) => Some(Step::Image(Arc::new(PadCrop { pad }))),
         _ => None,
     },
 };
@@ -25,39 +25,16 @@ struct PadCrop {
 
 impl Transform for PadCrop {
     fn apply(&self, image: &mut Image, spare: &mut Vec<u8>, rng: Rng) {
-        let places = 2 * self.pad as u64 + 1;
-        // The crop's corner in the framed image.
-        let (top, left) = (rng.below(0, places) as usize, rng.below(1, places) as usize);
-        let Image { height, width, .. } = *image;
-        spare.clear();
-        spare.resize(image.data.len(), 0);
-        // Output row y shows framed row y + top, that is row y + top - pad of the image; columns alike.
-        let rows = overlap(top, self.pad, height);
-        let columns = overlap(left, self.pad, width);
-        let shift = |range: &std::ops::Range<usize>, corner: usize| range.start + corner - self.pad;
-        let source = shift(&columns, left)..shift(&columns, left) + columns.len();
-        for (from, to) in image.data.chunks_exact(height * width).zip(spare.chunks_exact_mut(height * width)) {
-            let from = from[shift(&rows, top) * width..].chunks_exact(width);
-            for (from, to) in from.zip(to.chunks_exact_mut(width).skip(rows.start).take(rows.len())) {
-                to[columns.clone()].copy_from_slice(&from[source.clone()]);
+        let corner = |draw| rng.below(draw, 2 * self.pad as u64 + 1) as isize - self.pad as isize;
+        image.crop(spare, [corner(0), corner(1)], [image.height, image.width]);
+    }
+
+    fn size(&self, size: Option<[usize; 2]>) -> Result<Option<[usize; 2]>> {
+        match size {
+            Some([height, width]) if self.pad >= height.min(width) => {
+                Err(Error::spec(format!("pad-crop:{}", self.pad), format!("must be smaller than the image, which is {height}x{width}")))
             }
+            size => Ok(size),
         }
-        std::mem::swap(&mut image.data, spare);
     }
-
-    fn shape(&self, shape: [usize; 3]) -> Result<[usize; 3]> {
-        let [_, height, width] = shape;
-        if self.pad >= height.min(width) {
-            return Err(Error::spec(
-                format!("pad-crop:{}", self.pad),
-                format!("must be smaller than the image, which is {height}x{width}"),
-            ));
-        }
-        Ok(shape)
-    }
-}
-
-/// The output positions along one axis that show the image and not its frame.
-fn overlap(corner: usize, pad: usize, extent: usize) -> std::ops::Range<usize> {
-    pad.saturating_sub(corner)..extent.min(extent + pad - corner)
 }

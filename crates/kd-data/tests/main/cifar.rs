@@ -40,7 +40,7 @@ fn cifar10_joins_its_five_batches() {
         assert_eq!((train.len(), splits.test().unwrap().len()), (11 + 12 + 13 + 14 + 15, 4));
         assert_eq!(splits.info.class_names[9], "truck");
         // Sample 13 is record 2 of the second file.
-        assert_eq!((train.labels()[13], train.pixels(13)[3071]), (2, pixel(2, 3071)));
+        assert_eq!((train.labels()[13], train.image(13).unwrap().data[3071]), (2, pixel(2, 3071)));
     }
 }
 
@@ -70,7 +70,7 @@ fn cifar100_reads_both_labels_and_its_groups() {
     assert_eq!((fine.info.class_names.len(), fine.info.class_names[7].as_str()), (100, "name7"));
     assert_eq!((coarse.info.class_names.len(), coarse.info.class_names[14].as_str()), (20, "people"));
     assert_eq!(coarse.info.groups, None);
-    assert_eq!(fine.train().unwrap().pixels(107), coarse.train().unwrap().pixels(107));
+    assert_eq!(fine.train().unwrap().image(107).unwrap().data, coarse.train().unwrap().image(107).unwrap().data);
     assert_ne!(fine.fingerprint(), coarse.fingerprint());
 }
 

@@ -1,4 +1,5 @@
 use kd_core::Rng;
+use kd_data::{Loader, LoaderOptions};
 use sha2::{Digest, Sha256};
 
 use crate::support::refusal;
@@ -10,7 +11,7 @@ const COUNTS: [usize; 10] = [178, 182, 177, 183, 181, 182, 181, 179, 174, 180];
 fn record(splits: &kd_data::Splits, record: u32) -> (Vec<u8>, u32) {
     let sets = [splits.train().unwrap(), splits.test().unwrap()];
     let (set, i) = sets.into_iter().find_map(|s| (0..s.len()).find(|&i| s.record(i) == record).map(|i| (s, i))).unwrap();
-    (set.pixels(i).iter().map(|&p| ((u16::from(p) * 16 + 127) / 255) as u8).collect(), set.labels()[i])
+    (set.image(i).unwrap().data.iter().map(|&p| ((u16::from(p) * 16 + 127) / 255) as u8).collect(), set.labels()[i])
 }
 
 #[test]
@@ -50,7 +51,7 @@ fn split_follows_the_stated_rule() {
 #[test]
 fn constants_are_those_of_the_training_set() {
     let digits = kd_data::open("digits").unwrap();
-    let measured = digits.train().unwrap().mean_std();
+    let measured = Loader::eval(digits.train().unwrap(), &LoaderOptions::default()).unwrap().mean_std().unwrap();
     let stated = &digits.info.normalise;
     assert!((measured.mean[0] - stated.mean[0]).abs() < 1e-8 && (measured.std[0] - stated.std[0]).abs() < 1e-8, "{measured:?}");
 }

@@ -73,7 +73,7 @@ fn a_weak_and_a_strong_view_have_their_own_lists() {
     let mut loader = Loader::train(&data, &LoaderOptions { views: 3, augment, batch_size: 10, ..LoaderOptions::default() }).unwrap();
     let seen = epoch(&mut loader, 0, 0).remove(0);
     for (at, &i) in seen.2.iter().enumerate() {
-        let plain: Vec<f32> = data.pixels(i as usize).iter().map(|&v| ((f64::from(v) / 255.0 - 0.4) / 0.3) as f32).collect();
+        let plain: Vec<f32> = data.image(i as usize).unwrap().data.iter().map(|&v| ((f64::from(v) / 255.0 - 0.4) / 0.3) as f32).collect();
         assert_eq!(seen.0[0][at * 36..][..36], plain);
     }
     assert!(seen.0[1] != seen.0[0] && seen.0[2] != seen.0[0] && seen.0[1] != seen.0[2]);
@@ -96,7 +96,7 @@ proptest! {
             for (k, image) in images.chunks(c * h * w).enumerate() {
                 for (p, &value) in image.iter().enumerate() {
                     let channel = p / (h * w);
-                    let expected = (f64::from(data.pixels(at + k)[p]) / 255.0 - normalise.mean[channel]) / normalise.std[channel];
+                    let expected = (f64::from(data.image(at + k).unwrap().data[p]) / 255.0 - normalise.mean[channel]) / normalise.std[channel];
                     prop_assert_eq!(value, expected);
                 }
             }
@@ -136,10 +136,6 @@ struct Breaks;
 impl Transform for Breaks {
     fn apply(&self, image: &mut Image, _: &mut Vec<u8>, _: Rng) {
         assert!(image.data[0] < 200, "a bright corner");
-    }
-
-    fn shape(&self, shape: [usize; 3]) -> kd_data::Result<[usize; 3]> {
-        Ok(shape)
     }
 }
 

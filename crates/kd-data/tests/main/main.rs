@@ -2,6 +2,7 @@
 
 mod cifar;
 mod digits;
+mod folder;
 mod loader;
 mod select;
 mod support;

@@ -6,7 +6,7 @@ use proptest::prelude::*;
 use crate::support::{random_set, refusal, set_with};
 
 fn splits(train: Dataset) -> Splits {
-    Splits { info: train.info().clone(), test: Ok(train.clone()), train: Ok(train), validation: None }
+    Splits { info: train.info().clone(), test: Ok(train.clone()), train: Ok(train), validation: None, notes: vec![] }
 }
 
 fn records(set: &Dataset) -> Vec<u32> {
@@ -26,7 +26,7 @@ proptest! {
         prop_assert!(counts.iter().max().unwrap() - counts.iter().min().unwrap() <= 1, "{:?}", counts);
         prop_assert_eq!(records(train), records(all.clone().select(&options, seed).unwrap().train().unwrap()));
         for i in 0..limit {
-            prop_assert_eq!(train.pixels(i), all.train().unwrap().pixels(train.record(i) as usize));
+            prop_assert_eq!(train.image(i).unwrap().data, all.train().unwrap().image(train.record(i) as usize).unwrap().data);
         }
     }
 

@@ -87,6 +87,6 @@ fn what_cannot_be_is_refused() {
         let message = refusal(Pipeline::parse(&[wrong]));
         assert!(message.contains(&format!("`{wrong}`")) && message.contains("pad-crop:P"), "{message}");
     }
-    let message = refusal(Pipeline::parse(&["pad-crop:8"]).unwrap().shape([1, 8, 9]));
+    let message = refusal(Pipeline::parse(&["pad-crop:8"]).unwrap().size(Some([8, 9])));
     assert!(message.contains("pad-crop:8") && message.contains("8x9"), "{message}");
 }
