@@ -1,0 +1,281 @@
+//! The binary from outside: what it prints, writes and returns.
+
+use std::collections::BTreeMap;
+use std::io::{BufRead, BufReader};
+use std::path::{Path, PathBuf};
+use std::process::{Child, Command, Output, Stdio};
+
+use candle_core::{DType, Device, Tensor};
+use serde_json::Value;
+
+fn kd(dir: &Path, args: &[&str]) -> Output {
+    Command::new(env!("CARGO_BIN_EXE_kd-cli")).args(args).current_dir(dir).output().unwrap()
+}
+
+fn text(bytes: &[u8]) -> String {
+    String::from_utf8_lossy(bytes).into_owned()
+}
+
+/// Standard output of a command that must succeed.
+fn ok(dir: &Path, args: &[&str]) -> String {
+    let out = kd(dir, args);
+    assert!(out.status.success(), "{args:?}: {:?}\n{}", out.status, text(&out.stderr));
+    text(&out.stdout)
+}
+
+/// Standard error of a command that must be refused as unusable: one error, exit code 2.
+fn refused(dir: &Path, args: &[&str]) -> String {
+    let out = kd(dir, args);
+    let err = text(&out.stderr);
+    assert_eq!(out.status.code(), Some(2), "{args:?}: {err}");
+    assert_eq!(err.matches("error:").count(), 1, "{args:?}: {err}");
+    err
+}
+
+fn folder() -> tempfile::TempDir {
+    tempfile::tempdir().unwrap()
+}
+
+fn save(path: &Path, tensors: &[(&str, Tensor)]) {
+    let map: std::collections::HashMap<&str, Tensor> = tensors.iter().cloned().collect();
+    candle_core::safetensors::save(&map, path).unwrap();
+}
+
+fn load(path: &Path) -> BTreeMap<String, Tensor> {
+    candle_core::safetensors::load(path, &Device::Cpu).unwrap().into_iter().collect()
+}
+
+fn floats(t: &Tensor) -> Vec<f64> {
+    t.to_dtype(DType::F64).unwrap().flatten_all().unwrap().to_vec1().unwrap()
+}
+
+/// A run of seconds: one-channel digits, two small networks.
+const TINY: &str = r#"
+name = "tiny"
+baseline = true
+[data]
+source = "digits"
+batch_size = 20
+train_limit = 60
+[teacher]
+model = "resnet8"
+[teacher.train.schedule]
+kind = "constant"
+epochs = 2
+[student]
+model = "resnet8"
+[schedule]
+kind = "constant"
+epochs = 4
+[run]
+checkpoint_steps = 2
+"#;
+
+fn tiny(dir: &Path) -> PathBuf {
+    let path = dir.join("tiny.toml");
+    std::fs::write(&path, TINY).unwrap();
+    path
+}
+
+#[test]
+fn lists_are_objects_with_the_stated_keys() {
+    let dir = folder();
+    for kind in ["models", "methods", "datasets"] {
+        let all: Value = serde_json::from_str(&ok(dir.path(), &["list", kind, "--json"])).unwrap();
+        let all = all.as_array().unwrap();
+        assert!(!all.is_empty());
+        for object in all {
+            for key in ["name", "about", "needs", "parameters"] {
+                assert!(object.get(key).is_some(), "{kind}: {object} has no `{key}`");
+            }
+        }
+    }
+    let table = ok(dir.path(), &["list"]);
+    for name in ["resnet20", "nkd", "digits"] {
+        assert!(table.contains(name), "{table}");
+    }
+}
+
+#[test]
+fn info_counts_what_the_zoo_counts() {
+    let dir = folder();
+    let info: Value = serde_json::from_str(&ok(dir.path(), &["info", "resnet20", "--json"])).unwrap();
+    assert_eq!(info["parameters"], 278_324);
+    assert_eq!(info["spec"]["stages"].as_array().unwrap().len(), 4);
+    assert!(ok(dir.path(), &["info", "resnet20", "--input", "1,8,8", "--classes", "10"]).contains("1 x 8 x 8"));
+}
+
+#[test]
+fn unusable_arguments_are_one_clear_error_and_exit_code_2() {
+    let dir = folder();
+    let d = dir.path();
+    assert!(refused(d, &["frobnicate"]).contains("frobnicate"));
+    assert!(refused(d, &["info", "resnet21"]).contains("did you mean"));
+    assert!(refused(d, &["distill", "--config", "nowhere.toml"]).contains("nowhere.toml"));
+    assert!(refused(d, &["distill", "--resume", "nowhere"]).contains("nowhere"));
+    assert!(refused(d, &["eval", "--model", "resnet20", "--weights", "none.pth", "--data", "digits"]).contains("none.pth"));
+    assert!(refused(d, &["eval", "--model", "resnet20", "--weights", "none.pth", "--data", "digit"]).contains("none.pth"));
+    let config = tiny(d);
+    let config = config.to_str().unwrap();
+    let e = refused(d, &["distill", "--config", config, "--set", "optim.lrr=1"]);
+    assert!(e.contains("lrr") && e.contains("lr"), "{e}");
+    let e = refused(d, &["distill", "--config", config, "--set", "student.model=resnet9"]);
+    assert!(e.contains("resnet9") && e.contains("did you mean"), "{e}");
+    std::fs::write(d.join("bad.toml"), "[student]\nmodel = \"resnet8\"\n[optim]\nlr = \"fast\"\n").unwrap();
+    let e = refused(d, &["distill", "--config", "bad.toml"]);
+    assert!(e.contains("bad.toml:4"), "{e}");
+    std::fs::write(d.join("weights.toml"), "[teacher]\nmodel = \"resnet20\"\nweights = \"gone.pth\"\n[student]\nmodel = \"resnet8\"\n").unwrap();
+    let e = refused(d, &["distill", "--config", "weights.toml"]);
+    assert!(e.contains("gone.pth"), "{e}");
+    assert!(!d.join("runs").exists(), "a refused run leaves nothing behind");
+}
+
+#[test]
+fn init_writes_the_quickstart_and_never_overwrites() {
+    let dir = folder();
+    ok(dir.path(), &["init", "my.toml"]);
+    let written = std::fs::read_to_string(dir.path().join("my.toml")).unwrap();
+    assert!(written.contains("[student]"));
+    std::fs::write(dir.path().join("my.toml"), "mine").unwrap();
+    assert!(refused(dir.path(), &["init", "my.toml"]).contains("--force"));
+    assert_eq!(std::fs::read_to_string(dir.path().join("my.toml")).unwrap(), "mine");
+}
+
+#[test]
+fn the_copy_in_configs_is_the_quickstart() {
+    let copy = Path::new(env!("CARGO_MANIFEST_DIR")).join("../../configs/quickstart.toml");
+    // A packaged crate has no workspace around it.
+    if let Ok(copy) = std::fs::read_to_string(copy) {
+        assert_eq!(copy, include_str!("../quickstart.toml"));
+    }
+}
+
+#[test]
+fn loss_gives_value_terms_and_gradients() {
+    let dir = folder();
+    let logits = Tensor::new(&[[1f64, 2.0, -1.0], [0.5, 0.0, 0.25]], &Device::Cpu).unwrap();
+    let teacher = Tensor::new(&[[0f64, 3.0, 0.0], [1.0, 0.0, -1.0]], &Device::Cpu).unwrap();
+    let labels = Tensor::new(&[1i64, 0], &Device::Cpu).unwrap();
+    save(&dir.path().join("in.safetensors"), &[("student.logits", logits.clone()), ("teacher.logits", teacher), ("labels", labels)]);
+    ok(dir.path(), &["loss", "ce", "--inputs", "in.safetensors", "--output", "out.safetensors"]);
+    let out = load(&dir.path().join("out.safetensors"));
+    let keys: Vec<&str> = out.keys().map(String::as_str).collect();
+    assert_eq!(keys, ["grad.student.logits", "term.ce", "value"]);
+    let lse = |r: [f64; 3]| r.iter().map(|v| v.exp()).sum::<f64>().ln();
+    let expected = (lse([1.0, 2.0, -1.0]) - 2.0 + lse([0.5, 0.0, 0.25]) - 0.5) / 2.0;
+    assert!((floats(&out["value"])[0] - expected).abs() < 1e-12);
+    ok(
+        dir.path(),
+        &["loss", "kd", "--inputs", "in.safetensors", "--params", r#"{"temperature": 2}"#, "--dtype", "f32", "--output", "kd.safetensors"],
+    );
+    assert_eq!(load(&dir.path().join("kd.safetensors"))["value"].dtype(), DType::F32);
+    let e = refused(dir.path(), &["loss", "kd", "--inputs", "in.safetensors", "--params", r#"{"temperature": 0}"#, "--output", "x"]);
+    assert!(e.contains("temperature"), "{e}");
+    assert!(refused(dir.path(), &["loss", "kdd", "--inputs", "in.safetensors", "--output", "x"]).contains("did you mean"));
+    let nan = Tensor::new(&[[f64::NAN, 2.0]], &Device::Cpu).unwrap();
+    save(&dir.path().join("nan.safetensors"), &[("student.logits", nan), ("labels", Tensor::new(&[0i64], &Device::Cpu).unwrap())]);
+    assert!(refused(dir.path(), &["loss", "ce", "--inputs", "nan.safetensors", "--output", "x"]).contains("not finite"));
+    assert!(!dir.path().join("x").exists());
+}
+
+#[test]
+fn forward_gives_outputs_gradients_and_statistics() {
+    let dir = folder();
+    let n = 2 * 3 * 16 * 16;
+    let pixels: Vec<f32> = (0..n).map(|i| ((i * 37 % 101) as f32 - 50.0) / 50.0).collect();
+    let images = Tensor::from_vec(pixels, (2, 3, 16, 16), &Device::Cpu).unwrap();
+    save(&dir.path().join("in.safetensors"), &[("images", images), ("labels", Tensor::new(&[3i64, 7], &Device::Cpu).unwrap())]);
+    let run = |name: &str, more: &[&str]| {
+        let mut args = vec!["forward", "resnet8", "--weights", "splitmix64", "--inputs", "in.safetensors", "--classes", "10", "--output", name];
+        args.extend(more);
+        ok(dir.path(), &args);
+        load(&dir.path().join(name))
+    };
+    let truth = run("a", &["--mode", "train", "--dtype", "f64"]);
+    for key in ["logits", "embedding", "stage.0", "stage.3", "preact.3", "loss", "grad.conv1.weight", "grad.images", "running.bn1.running_mean"] {
+        assert!(truth.contains_key(key), "no {key}");
+    }
+    let single = run("b", &["--mode", "train"]);
+    for (key, t) in &truth {
+        let (a, b) = (floats(t), floats(&single[key]));
+        let norm = a.iter().map(|v| v * v).sum::<f64>().sqrt();
+        let gap = a.iter().zip(&b).map(|(x, y)| (x - y) * (x - y)).sum::<f64>().sqrt();
+        assert!(gap <= 2e-3 * norm + 1e-5, "{key}: {gap} of {norm}");
+    }
+    let eval = run("c", &["--executor", "reference"]);
+    assert!(eval.contains_key("grad.fc.weight") && !eval.keys().any(|k| k.starts_with("running.")));
+    assert_ne!(floats(&eval["logits"]), floats(&truth["logits"]));
+}
+
+#[test]
+fn distill_ends_with_a_table_and_a_student_that_evaluates_alike() {
+    let dir = folder();
+    let config = tiny(dir.path());
+    let table = ok(dir.path(), &["distill", "--config", config.to_str().unwrap()]);
+    for word in ["teacher", "student alone", "student distilled", "parameters", "MACs", "top-1", "runs/tiny"] {
+        assert!(table.contains(word), "no `{word}` in\n{table}");
+    }
+    for part in ["teacher", "baseline", "student"] {
+        for file in ["config.toml", "run.json", "metrics.jsonl", "student.safetensors"] {
+            assert!(dir.path().join("runs/tiny").join(part).join(file).is_file(), "{part}/{file}");
+        }
+    }
+    // Finished: a resume says the same again.
+    assert_eq!(ok(dir.path(), &["distill", "--resume", "runs/tiny"]), table);
+    // A second start takes another place.
+    let json: Value = serde_json::from_str(&ok(dir.path(), &["distill", "--config", "tiny.toml", "--json", "--quiet"])).unwrap();
+    assert_eq!(json["run"], "runs/tiny-2");
+    let top1 = json["rows"][2]["top1"].as_f64().unwrap();
+    let eval: Value = serde_json::from_str(&ok(
+        dir.path(),
+        &["eval", "--weights", "runs/tiny-2/student/student.safetensors", "--data", "digits", "--json"],
+    ))
+    .unwrap();
+    assert_eq!(eval["top1"].as_f64().unwrap(), top1);
+    assert_eq!(eval["total"], 500);
+    // The same seed gives the same bits.
+    let student = |run: &str| std::fs::read(dir.path().join("runs").join(run).join("student/student.safetensors")).unwrap();
+    assert!(student("tiny") == student("tiny-2"));
+}
+
+/// Starts a run and waits for a line of progress that `seen` accepts.
+fn start_until(dir: &Path, args: &[&str], seen: impl Fn(&str) -> bool) -> Child {
+    let mut child =
+        Command::new(env!("CARGO_BIN_EXE_kd-cli")).args(args).current_dir(dir).stderr(Stdio::piped()).stdout(Stdio::null()).spawn().unwrap();
+    let mut lines = BufReader::new(child.stderr.take().unwrap()).lines();
+    assert!(lines.any(|line| seen(&line.unwrap())), "the run ended before the line that was waited for");
+    // The pipe stays open behind the child's back, so that its further lines do not fail.
+    std::thread::spawn(move || lines.for_each(drop));
+    child
+}
+
+#[test]
+fn a_killed_run_goes_on_to_the_same_bits() {
+    let dir = folder();
+    tiny(dir.path());
+    ok(dir.path(), &["distill", "--config", "tiny.toml", "--out", "whole", "--quiet"]);
+    for (part, epoch) in [("teacher", "1/2"), ("student", "2/4")] {
+        let seen = |line: &str| line.starts_with(part) && line.contains(&format!("epoch   {epoch}"));
+        let mut child = start_until(dir.path(), &["distill", "--config", "tiny.toml", "--out", part], seen);
+        child.kill().unwrap();
+        child.wait().unwrap();
+        assert!(!dir.path().join(part).join("student/student.safetensors").exists());
+        ok(dir.path(), &["distill", "--resume", part, "--quiet"]);
+        for network in ["teacher", "baseline", "student"] {
+            let bits = |run: &str| std::fs::read(dir.path().join(run).join(network).join("student.safetensors")).unwrap();
+            assert!(bits("whole") == bits(part), "{network} after a kill in {part}");
+        }
+    }
+}
+
+#[cfg(unix)]
+#[test]
+fn a_signal_saves_and_exits_with_130() {
+    let dir = folder();
+    tiny(dir.path());
+    let args = ["distill", "--config", "tiny.toml", "--out", "run", "--set", "schedule.epochs=4000"];
+    let mut child = start_until(dir.path(), &args, |line| line.starts_with("baseline") && line.contains("epoch   1/"));
+    assert!(Command::new("kill").args(["-TERM", &child.id().to_string()]).status().unwrap().success());
+    assert_eq!(child.wait().unwrap().code(), Some(130));
+    assert!(dir.path().join("run/baseline/checkpoints/last").read_dir().unwrap().count() > 0);
+}
