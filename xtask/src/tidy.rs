@@ -11,11 +11,11 @@ use crate::workspace::{Workspace, output, root};
 /// Larger files do not belong into git.
 const LARGEST: u64 = 600_000;
 
-/// The files of the checkout, relative to its root, sorted: what git tracks or would track. Outside a git checkout (an unpacked
-/// archive) the folders that hold code and documentation.
+/// The files that git tracks, relative to the root, sorted. What else lies in a checkout (data, runs) is its user's affair.
+/// Outside a git checkout (an unpacked archive) the files of the folders that hold code and documentation.
 fn files() -> Vec<PathBuf> {
     let mut git = Command::new("git");
-    git.args(["ls-files", "-z", "--cached", "--others", "--exclude-standard"]).current_dir(root());
+    git.args(["ls-files", "-z"]).current_dir(root());
     let mut found: Vec<PathBuf> = match output(&mut git) {
         Ok(list) => list.split('\0').filter(|f| !f.is_empty()).map(PathBuf::from).collect(),
         Err(_) => {
@@ -178,6 +178,23 @@ fn environment_variables_are_documented() {
         }
     }
     none("environment variables that README, CONTRIBUTING and docs do not name", &Vec::from_iter(breaches));
+}
+
+#[test]
+fn crates_keep_their_invariants() {
+    let mut breaches = vec![];
+    for (file, text) in sources() {
+        let inside = |folders: &[&str]| folders.iter().any(|folder| file.starts_with(Path::new("crates").join(folder)));
+        let mut breach = |what: &str, allowed: bool| {
+            if !allowed && text.contains(what) {
+                breaches.push(format!("{}: {what}", file.display()));
+            }
+        };
+        breach("std::fs", !inside(&["kd-core", "kd-nn", "kd-losses", "kd-models", "kd-blockwise"]));
+        breach("std::thread", !inside(&["kd-core", "kd-losses", "kd-models", "kd-blockwise"]));
+        breach(concat!("allow(", "unsafe_code)"), inside(&["kd-nn/src/kernels"]));
+    }
+    none("what docs/architecture.md rules out", &breaches);
 }
 
 #[test]
