@@ -273,7 +273,7 @@ pub trait Method: Send {
     /// Its name in the registry.
     fn name(&self) -> &'static str;
 
-    /// What it wants computed.
+    /// What it wants computed. Asked before [`Method::prepare`] and again after it: cuts that follow from the shapes of both sides may join.
     fn needs(&self) -> Needs;
 
     /// Builds adapters and banks from the shapes of both sides.
@@ -301,6 +301,11 @@ pub trait Method: Send {
 
     /// Name prefixes of student parameters that this method never reaches although the student trains.
     fn unused(&self) -> Vec<String> {
+        vec![]
+    }
+
+    /// Which of [`Method::networks`], by index, take no part in `epoch` (from 0): no gradient is expected for them.
+    fn idle(&self, _epoch: usize) -> Vec<usize> {
         vec![]
     }
 
