@@ -42,25 +42,31 @@ impl ClassMeans {
         self.dims().0
     }
 
-    /// `[K,D]` of length 1.
-    pub(crate) fn directions(&self) -> &Tensor {
-        &self.directions
+    /// The directions of the classes in the type of `like`, `[K,D]` of length 1.
+    pub(crate) fn directions(&self, like: &Tensor) -> Result<Tensor> {
+        inputs::constant(&self.directions, like)
     }
 
     /// The direction of each sample's class `[B,D]`; of soft targets, of the mixed mean.
     pub(crate) fn of(&self, labels: &Labels) -> Result<Tensor> {
+        let like = &labels.q;
         if labels.is_soft() {
-            return unit(&labels.q.matmul(&self.means)?, 0.0);
+            return unit(&like.matmul(&inputs::constant(&self.means, like)?)?, 0.0);
         }
-        Ok(self.directions.index_select(&Tensor::new(labels.ids.as_slice(), self.means.device())?, 0)?)
+        Ok(self.directions(like)?.index_select(&Tensor::new(labels.ids.as_slice(), like.device())?, 0)?)
     }
 
     /// Refuses embeddings of another width.
     pub(crate) fn check_width(&self, width: usize) -> Result<()> {
         let (k, d) = self.dims();
-        if d == width {
-            return Ok(());
-        }
-        Err(Error::shape("class_means", format!("[{k}, {width}], the width of the embeddings"), &[k, d]))
+        let expected = format!("[{k}, {width}], the width of the embeddings");
+        if d == width { Ok(()) } else { Err(Error::shape("class_means", expected, &[k, d])) }
+    }
+
+    /// Refuses another number of classes.
+    pub(crate) fn check_classes(&self, classes: usize) -> Result<()> {
+        let (k, d) = self.dims();
+        let expected = format!("[{classes}, {d}], a row for each class");
+        if k == classes { Ok(()) } else { Err(Error::shape("class_means", expected, &[k, d])) }
     }
 }

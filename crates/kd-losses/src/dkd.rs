@@ -33,9 +33,9 @@
 //! | ImageNet R34-R18 / R50-MobileNet | 1 | 0.5 / 2 | 1 |
 //!
 //! The release subtracts 1000 from the label's logit and takes logarithms of summed softmax values: NaN in f32 at logits of +-80, and
-//! for a teacher and student that are both exactly one-hot. Here both parts come from the log-odds `d = z_y/T - logsumexp(others/T)`:
-//! `log a = log sigmoid(d)`, `log(1-a) = log sigmoid(-d)`, which is the same number wherever the release's is finite. With two classes
-//! `nckd` is exactly 0.
+//! for a teacher and student that are both exactly one-hot. Here `[a, 1-a]` is a softmax of two logits, the label's log-odds
+//! `z_y/T - logsumexp(others/T)` and 0, and `b` a softmax over the others: the same numbers wherever the release's are finite. With two
+//! classes `nckd` is exactly 0.
 //!
 //! ```
 //! use candle_core::{Device, Tensor};
@@ -52,9 +52,10 @@ use candle_core::Tensor;
 use kd_core::{LossTerms, Method, MethodEntry, Needs, ParamDoc, ParityInputs, ParityOutput, Result, StepView};
 use serde::{Deserialize, Serialize};
 
+use crate::inputs;
 use crate::labels::{self, Labels};
 use crate::registry::{parity_labels, parse};
-use crate::{inputs, softmax};
+use crate::softmax::{Softmax, one_against_others};
 
 /// Parameters; see the [module](self).
 #[derive(Clone, Debug, PartialEq, Serialize, Deserialize)]
@@ -93,34 +94,12 @@ pub fn dkd(student: &Tensor, teacher: &Tensor, labels: &Tensor, params: &Params)
     let (_, k, teacher) = inputs::both_logits(student, teacher)?;
     let y = Labels::new(labels, k, student)?.one_hot()?;
     let t = params.temperature;
-    let s = Split::new(&(student / t)?, &y)?;
-    let q = Split::new(&(teacher / t)?, &y)?;
-    let tckd = ((q.log_a.exp()? * (&q.log_a - &s.log_a)?)? + (q.log_not_a.exp()? * (&q.log_not_a - &s.log_not_a)?)?)?;
-    let nckd = (q.b * (q.log_b - s.log_b)?)?.sum(1)?;
+    let (z, v) = ((student / t)?, (teacher / t)?);
+    let tckd = Softmax::new(&one_against_others(&z, &y)?)?.kl(&Softmax::new(&one_against_others(&v, &y)?)?)?;
+    let others = (1.0 - y)?;
+    let nckd = Softmax::over(&z, &others)?.kl(&Softmax::over(&v, &others)?)?;
     let mean = |rows: Tensor| -> Result<Tensor> { Ok((rows.mean_all()? * (t * t))?) };
     Ok(LossTerms::new().with("tckd", mean(tckd)?, params.alpha).with("nckd", mean(nckd)?, params.beta))
-}
-
-/// A softmax, split at the label.
-struct Split {
-    log_a: Tensor,     // [B]
-    log_not_a: Tensor, // [B]
-    b: Tensor,         // [B,K], 0 at the label
-    log_b: Tensor,     // [B,K], 0 at the label
-}
-
-impl Split {
-    fn new(z: &Tensor, y: &Tensor) -> Result<Self> {
-        let others = (1.0 - y)?;
-        let (log_b, log_sum) = softmax::log_softmax_over(z, &others)?;
-        let log_odds = (labels::at(z, y)? - log_sum.squeeze(1)?)?;
-        Ok(Self {
-            log_a: softmax::log_sigmoid(&log_odds)?,
-            log_not_a: softmax::log_sigmoid(&log_odds.neg()?)?,
-            b: (log_b.exp()? * others)?,
-            log_b,
-        })
-    }
 }
 
 struct Dkd {

@@ -129,6 +129,7 @@ pub fn dkd_pp(
     params: &Params,
 ) -> Result<LossTerms> {
     params.validate()?;
+    means.check_classes(inputs::logits("student.logits", student.logits)?.1)?;
     let warm = warmup_factor(epoch, params.warmup_epochs, 0);
     let warm_nd = if params.warmup_nd { warm } else { 1.0 };
     let mut terms = ce(student.logits, labels)?.scaled(params.ce_weight);

@@ -38,9 +38,10 @@ use candle_core::Tensor;
 use kd_core::{Cut, Error, LossTerms, Method, MethodEntry, Mode, Needs, ParamDoc, ParityInputs, ParityOutput, Result, StepView};
 use serde::{Deserialize, Serialize};
 
+use crate::inputs;
 use crate::norms::row_norm;
 use crate::registry::parse;
-use crate::{inputs, softmax};
+use crate::softmax::Softmax;
 
 /// Which definition is followed.
 #[derive(Clone, Copy, Debug, PartialEq, Eq, Serialize, Deserialize)]
@@ -139,8 +140,7 @@ fn clipped(f: &Tensor, params: &Params) -> Result<Tensor> {
 }
 
 fn soft(z: &Tensor, v: &Tensor, params: &Params) -> Result<LossTerms> {
-    let q = softmax::log_softmax(v)?.exp()?;
-    let value = softmax::cross_entropy(&q, &softmax::log_softmax(z)?)?.mean_all()?;
+    let value = Softmax::new(z)?.cross_entropy(Softmax::new(v)?.p())?.mean_all()?;
     Ok(LossTerms::new().with("soft", value, params.lambda * params.lambda))
 }
 

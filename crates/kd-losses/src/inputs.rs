@@ -7,7 +7,7 @@ use kd_core::{Error, Result};
 pub(crate) fn finite(what: &str, x: &Tensor) -> Result<()> {
     // x - x is 0 for every finite x and NaN otherwise: one number comes back from the device instead of the tensor.
     let x = x.detach();
-    let sum = (&x - &x)?.sum_all()?.to_dtype(DType::F64)?.to_scalar::<f64>()?;
+    let sum = x.sub(&x)?.sum_all()?.to_dtype(DType::F64)?.to_scalar::<f64>()?;
     if sum == 0.0 { Ok(()) } else { kd_core::registry::check_finite(what, &x) }
 }
 

@@ -47,8 +47,9 @@ use candle_core::Tensor;
 use kd_core::{LossTerms, Method, MethodEntry, Needs, ParamDoc, ParityInputs, ParityOutput, Result, StepView};
 use serde::{Deserialize, Serialize};
 
+use crate::inputs;
 use crate::registry::parse;
-use crate::{inputs, softmax};
+use crate::softmax::Softmax;
 
 /// What is measured between the two distributions.
 #[derive(Clone, Copy, Debug, PartialEq, Eq, Serialize, Deserialize)]
@@ -93,11 +94,10 @@ pub fn kd(student: &Tensor, teacher: &Tensor, params: &Params) -> Result<LossTer
     params.validate()?;
     let (_, _, teacher) = inputs::both_logits(student, teacher)?;
     let t = params.temperature;
-    let log_p = softmax::log_softmax(&(student / t)?)?;
-    let log_q = softmax::log_softmax(&(teacher / t)?)?;
+    let (p, q) = (Softmax::new(&(student / t)?)?, Softmax::new(&(teacher / t)?)?);
     let rows = match params.form {
-        Form::Kl => softmax::kl(&log_q, &log_p)?,
-        Form::CrossEntropy => softmax::cross_entropy(&log_q.exp()?, &log_p)?,
+        Form::Kl => p.kl(&q)?,
+        Form::CrossEntropy => p.cross_entropy(q.p())?,
     };
     let scale = if params.t_squared { t * t } else { 1.0 };
     Ok(LossTerms::one("kd", (rows.mean_all()? * scale)?))

@@ -112,6 +112,7 @@ pub fn kd_pp(
     params: &Params,
 ) -> Result<LossTerms> {
     params.validate()?;
+    means.check_classes(inputs::logits("student.logits", student.logits)?.1)?;
     let warm = warmup_factor(epoch, params.warmup_epochs, 0);
     let mut terms = ce(student.logits, labels)?.scaled(params.ce_weight);
     terms.extend(kd(student.logits, teacher.logits, &params.kd())?.scaled(warm * params.kd_weight));

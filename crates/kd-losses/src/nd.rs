@@ -118,11 +118,8 @@ impl Prepared {
     pub(crate) fn new(setup: &Setup<'_>, config: adapter::Config, method: &str) -> Result<Self> {
         let means = setup.class_means.ok_or_else(|| Error::missing(method, "class means"))?;
         let means = ClassMeans::new(&means.to_device(setup.device)?.to_dtype(setup.dtype)?)?;
-        let (k, d) = means.dims();
-        if k != setup.classes {
-            return Err(Error::shape("class_means", format!("[{}, D], a row for each class of the data", setup.classes), &[k, d]));
-        }
-        Ok(Self { adapter: config.build(setup, d, method)?, means: Some(means) })
+        means.check_classes(setup.classes)?;
+        Ok(Self { adapter: config.build(setup, means.dims().1, method)?, means: Some(means) })
     }
 
     pub(crate) fn means(&self, method: &str) -> Result<&ClassMeans> {

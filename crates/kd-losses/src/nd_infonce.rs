@@ -79,7 +79,7 @@ pub fn nd_infonce(student: &Tensor, means: &ClassMeans, labels: &Tensor, params:
     let (_, d) = inputs::embedding("student.embedding", student)?;
     means.check_width(d)?;
     let labels = Labels::new(labels, means.classes(), student)?;
-    let cosines = unit(student, params.eps)?.matmul(&means.directions().t()?)?;
+    let cosines = unit(student, params.eps)?.matmul(&means.directions(student)?.t()?)?;
     let log_p = softmax::log_softmax(&(cosines / params.temperature)?)?;
     Ok(LossTerms::one("direction", softmax::cross_entropy(&labels.q, &log_p)?.mean_all()?))
 }

@@ -51,9 +51,10 @@ use candle_core::Tensor;
 use kd_core::{LossTerms, Method, MethodEntry, Needs, ParamDoc, ParityInputs, ParityOutput, Result, StepView};
 use serde::{Deserialize, Serialize};
 
+use crate::inputs;
 use crate::labels::{self, Labels};
 use crate::registry::{parity_labels, parse};
-use crate::{inputs, softmax};
+use crate::softmax::{self, Softmax};
 
 /// Parameters; see the [module](self).
 #[derive(Clone, Debug, PartialEq, Serialize, Deserialize)]
@@ -92,11 +93,9 @@ pub fn nkd(student: &Tensor, teacher: &Tensor, labels: &Tensor, params: &Params)
     let target = (t_y * labels::at(&softmax::log_softmax(student)?, &y)?)?.mean_all()?.neg()?;
 
     let t = params.temperature;
-    let others = (1.0 - &y)?;
-    let (log_p, _) = softmax::log_softmax_over(&(student / t)?, &others)?;
-    let (log_q, _) = softmax::log_softmax_over(&(teacher / t)?, &others)?;
-    let q = (log_q.exp()? * others)?;
-    let non_target = (softmax::cross_entropy(&q, &log_p)?.mean_all()? * (t * t))?;
+    let others = (1.0 - y)?;
+    let (p, q) = (Softmax::over(&(student / t)?, &others)?, Softmax::over(&(teacher / t)?, &others)?);
+    let non_target = (p.cross_entropy(q.p())?.mean_all()? * (t * t))?;
     Ok(LossTerms::one("target", target).with("non_target", non_target, params.gamma))
 }
 

@@ -36,9 +36,10 @@ pub fn registry() -> &'static [MethodEntry] {
 pub fn find(name: &str) -> Result<&'static MethodEntry> {
     registry().iter().find(|entry| entry.name == name).ok_or_else(|| {
         let names: Vec<&str> = registry().iter().map(|entry| entry.name).collect();
-        let nearest = names.iter().map(|n| (strsim::damerau_levenshtein(n, name), *n)).min();
+        let wanted = name.to_lowercase().replace('-', "_");
+        let nearest = names.iter().map(|n| (strsim::damerau_levenshtein(n, &wanted), *n)).min();
         let hint = match nearest {
-            Some((distance, nearest)) if distance <= 3 => format!("; did you mean `{nearest}`?"),
+            Some((distance, nearest)) if distance <= nearest.len().div_ceil(3) => format!("; did you mean `{nearest}`?"),
             _ => String::new(),
         };
         Error::param("method", name, format!("one of {}{hint}", names.join(", ")))

@@ -49,7 +49,8 @@ use serde::{Deserialize, Serialize};
 
 use crate::labels::{self, Labels};
 use crate::registry::{parity_labels, parse};
-use crate::{inputs, softmax, tf_nkd};
+use crate::softmax::{self, Softmax};
+use crate::{inputs, tf_nkd};
 
 /// Which score ranks the classes.
 #[derive(Clone, Copy, Debug, PartialEq, Eq, Serialize, Deserialize)]
@@ -135,7 +136,7 @@ pub fn uskd(student: &Tensor, weak: &Tensor, labels: &Tensor, params: &Params) -
             others = (others - &pick.one_hot)?;
         }
         let zipf = zipf(&score(&log_p, &log_w, &others, params)?, &others, params.zipf_slots)?;
-        softmax::cross_entropy(&zipf, &softmax::log_softmax_over(student, &others)?.0)?.mean_all()?
+        Softmax::over(student, &others)?.cross_entropy(&zipf)?.mean_all()?
     } else {
         Tensor::zeros((), student.dtype(), student.device())?
     };

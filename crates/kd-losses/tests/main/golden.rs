@@ -102,8 +102,8 @@ fn compare(fixture: &Fixture, found: &BTreeMap<String, Tensor>, dtype: DType) ->
                 (_, false) => 2e-5 * e.abs() + 5e-6 * top_term,
                 (_, true) => 2e-5 * top + 1e-7,
             };
-            // Not `>`: a NaN must fail.
-            if !((e - g).abs() <= allowed) {
+            // A NaN must fail.
+            if g.is_nan() || (e - g).abs() > allowed {
                 wrong.push(format!("{name}[{i}] = {g:e}, expected {e:e}, off by {:e}, allowed {allowed:e}", (e - g).abs()));
                 break;
             }
