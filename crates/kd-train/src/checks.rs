@@ -101,7 +101,7 @@ pub(crate) fn teacher(teacher: &Teacher, evaluation: &Evaluation, split: Split, 
 /// After a step in which every loss took part: was every parameter that is to be trained reached?
 ///
 /// Reached, not non-zero: a parameter behind a dead ReLU is fine, one that no loss depends on is a mistake in the configuration.
-pub(crate) fn reached(parts: &[Part], grads: &Gradients, mut exempt: impl FnMut(&Part) -> bool) -> Result<()> {
+pub(crate) fn reached(parts: &[Part], grads: &Gradients, exempt: impl Fn(&Part) -> bool) -> Result<()> {
     let mut networks = grads.networks.iter();
     for part in parts {
         let gradients = part.network().and_then(|_| networks.next()).and_then(Option::as_ref);

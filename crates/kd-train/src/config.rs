@@ -165,6 +165,9 @@ fn unit() -> f64 {
 #[derive(Clone, Debug, Default, PartialEq, Serialize, Deserialize)]
 #[serde(deny_unknown_fields, default)]
 pub struct TrainConfig {
+    /// Samples to train on, 0: all; default: as many as the student (`data.train_limit`).
+    #[serde(skip_serializing_if = "Option::is_none")]
+    pub train_limit: Option<usize>,
     /// The optimiser.
     pub optim: OptimConfig,
     /// Epochs and learning rate.

@@ -9,88 +9,59 @@ use std::path::{Path, PathBuf};
 
 use crate::{Error, Result};
 
-/// The file calls of a run, one method each. [`Disk`] makes them; tests wrap it.
+/// The file calls of a run, one method each. The defaults make them; a test counts them and fails some.
 pub trait Files: Send + Sync {
     /// Creates a folder and its parents; an existing one is fine.
-    fn create_dirs(&self, dir: &Path) -> io::Result<()>;
-    /// Creates a file that must not exist, for writing.
-    fn create_new(&self, path: &Path) -> io::Result<File>;
-    /// Opens a file for appending, and creates it when there is none.
-    fn open_append(&self, path: &Path) -> io::Result<File>;
-    /// Writes all of `bytes`.
-    fn write(&self, file: &mut File, path: &Path, bytes: &[u8]) -> io::Result<()>;
-    /// Cuts a file to `len` bytes.
-    fn truncate(&self, file: &File, len: u64) -> io::Result<()>;
-    /// Waits until a file's content is on the disk.
-    fn sync(&self, file: &File, path: &Path) -> io::Result<()>;
-    /// Waits until a folder's entries are on the disk.
-    fn sync_dir(&self, dir: &Path) -> io::Result<()>;
-    /// Gives a file another name, replacing what stood there.
-    fn rename(&self, from: &Path, to: &Path) -> io::Result<()>;
-    /// Removes a file.
-    fn remove(&self, path: &Path) -> io::Result<()>;
-    /// The whole content of a file.
-    fn read(&self, path: &Path) -> io::Result<Vec<u8>>;
-    /// The names in a folder, sorted; none when there is no such folder.
-    fn list(&self, dir: &Path) -> io::Result<Vec<String>>;
-    /// Takes the kernel's lock on a file, `false` when another process holds it. It is free again when that process ends, however it ends.
-    fn try_lock(&self, file: &File) -> io::Result<bool>;
-    /// Bytes free for this user where `dir` lies; `None` where the system does not say.
-    fn free_space(&self, dir: &Path) -> io::Result<Option<u64>>;
-}
-
-/// The real file system.
-#[derive(Clone, Copy, Debug, Default)]
-pub struct Disk;
-
-impl Files for Disk {
     fn create_dirs(&self, dir: &Path) -> io::Result<()> {
         fs::create_dir_all(dir)
     }
 
+    /// Creates a file that must not exist, for writing.
     fn create_new(&self, path: &Path) -> io::Result<File> {
         OpenOptions::new().write(true).create_new(true).open(path)
     }
 
+    /// Opens a file for appending, and creates it when there is none.
     fn open_append(&self, path: &Path) -> io::Result<File> {
         OpenOptions::new().append(true).create(true).open(path)
     }
 
+    /// Writes all of `bytes`.
     fn write(&self, file: &mut File, _path: &Path, bytes: &[u8]) -> io::Result<()> {
         file.write_all(bytes)
     }
 
+    /// Cuts a file to `len` bytes.
     fn truncate(&self, file: &File, len: u64) -> io::Result<()> {
         file.set_len(len)
     }
 
+    /// Waits until a file's content is on the disk.
     fn sync(&self, file: &File, _path: &Path) -> io::Result<()> {
         file.sync_all()
     }
 
-    #[cfg(unix)]
+    /// Waits until a folder's entries are on the disk. Where folders cannot be opened, the file system orders renames itself.
     fn sync_dir(&self, dir: &Path) -> io::Result<()> {
-        File::open(dir)?.sync_all()
+        if cfg!(unix) { File::open(dir)?.sync_all() } else { Ok(()) }
     }
 
-    /// Folders cannot be opened here; the file system orders renames itself.
-    #[cfg(not(unix))]
-    fn sync_dir(&self, _dir: &Path) -> io::Result<()> {
-        Ok(())
-    }
-
+    /// Gives a file another name, replacing what stood there.
     fn rename(&self, from: &Path, to: &Path) -> io::Result<()> {
         fs::rename(from, to)
     }
 
+    /// Removes a file.
     fn remove(&self, path: &Path) -> io::Result<()> {
         fs::remove_file(path)
     }
 
+    /// The whole content of a file.
     fn read(&self, path: &Path) -> io::Result<Vec<u8>> {
         fs::read(path)
     }
 
+    /// The names in a folder, sorted; none when there is no such folder.
     fn list(&self, dir: &Path) -> io::Result<Vec<String>> {
         let entries = match fs::read_dir(dir) {
             Err(e) if e.kind() == io::ErrorKind::NotFound => return Ok(vec![]),
@@ -101,6 +72,7 @@ impl Files for Disk {
         Ok(names)
     }
 
+    /// Takes the kernel's lock on a file, `false` when another process holds it. It is free again when that process ends, however it ends.
     fn try_lock(&self, file: &File) -> io::Result<bool> {
         match file.try_lock() {
             Ok(()) => Ok(true),
@@ -109,16 +81,27 @@ impl Files for Disk {
         }
     }
 
-    #[cfg(unix)]
+    /// Bytes free for this user where `dir` lies; `None` where the system does not say.
     fn free_space(&self, dir: &Path) -> io::Result<Option<u64>> {
-        let stat = rustix::fs::statvfs(dir)?;
-        Ok(Some(stat.f_bavail.saturating_mul(stat.f_frsize)))
+        free_space(dir)
     }
+}
 
-    #[cfg(not(unix))]
-    fn free_space(&self, _dir: &Path) -> io::Result<Option<u64>> {
-        Ok(None)
-    }
+/// The real file system.
+#[derive(Clone, Copy, Debug, Default)]
+pub struct Disk;
+
+impl Files for Disk {}
+
+#[cfg(unix)]
+fn free_space(dir: &Path) -> io::Result<Option<u64>> {
+    let stat = rustix::fs::statvfs(dir)?;
+    Ok(Some(stat.f_bavail.saturating_mul(stat.f_frsize)))
+}
+
+#[cfg(not(unix))]
+fn free_space(_dir: &Path) -> io::Result<Option<u64>> {
+    Ok(None)
 }
 
 /// Puts `bytes` at `path`, all or nothing: after a crash at any moment the old content stands there, or the new.

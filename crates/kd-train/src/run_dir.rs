@@ -5,7 +5,7 @@
 //! | `config.toml` | the resolved configuration |
 //! | `run.json` | version, machine, command, fingerprints of data and networks, the result once there is one |
 //! | `metrics.jsonl` | one line per step, evaluation and warning, each once however often the run was resumed |
-//! | `checkpoints/last/`, `checkpoints/best/` | [generations](crate::checkpoint) of everything a resume needs, and of the best student |
+//! | `checkpoints/last/`, `checkpoints/best/` | generations of everything a resume needs, and of the best student |
 //! | `student.safetensors` | the exported student under its PyTorch names |
 //! | `lock` | locked by the process at work, and naming it |
 //!
@@ -74,12 +74,15 @@ impl Machine {
     }
 }
 
+/// State and tensors.
+pub(crate) type Checkpoint = (RunState, StateDict);
+
 /// What a run directory turned out to be.
 pub(crate) enum Opened {
     /// The run ended some time ago.
     Finished(Box<RunResult>),
     /// There is something to do.
-    Ready(Box<RunDir>, Option<(RunState, StateDict)>),
+    Ready(Box<RunDir>, Option<Box<Checkpoint>>),
 }
 
 /// An open, locked run directory.
@@ -165,7 +168,7 @@ impl RunDir {
         let metrics = JsonLines::open(Arc::clone(&place.files), &place.dir.join("metrics.jsonl"), metrics_len)?;
         let kept = found.iter().map(|(n, (state, _))| (*n, state.best.as_ref().map(|b| b.generation))).collect();
         let dir = Self { place, record, metrics, last, best, kept, next, warnings, _lock: lock };
-        Ok(Opened::Ready(Box::new(dir), found.map(|(_, checkpoint)| checkpoint)))
+        Ok(Opened::Ready(Box::new(dir), found.map(|(_, checkpoint)| Box::new(checkpoint))))
     }
 
     /// Saves everything a resume needs; the two newest checkpoints stay.

@@ -29,9 +29,9 @@ use crate::evaluate::{class_means, evaluate, evaluate_unless, on_device_of};
 use crate::events::{Event, Sink, Split, StepReport, Subject};
 use crate::optim::{OptimConfig, Optimiser, Part, Target, clip_scale, grad_norm};
 use crate::parts::{self, StringMap, fingerprint, home, tensors};
-use crate::run_dir::{self, Opened, RunDir, RunPlace};
+use crate::run_dir::{self, Checkpoint, Opened, RunDir, RunPlace};
 use crate::state::{Best, EpochRecord, Exported, RunResult, RunState};
-use crate::{Error, Result, checks};
+use crate::{Error, Evaluation, Result, checks};
 
 /// Everything a run needs, built.
 pub struct Job {
@@ -139,7 +139,7 @@ pub fn train(mut job: Job, sinks: &mut [&mut dyn Sink], stop: &AtomicBool) -> Re
                 let _ = parts::assign(job.student.as_ref(), "the exported student", |name| weights.get(name).cloned());
                 return Ok(Outcome::Finished(result));
             }
-            Opened::Ready(dir, checkpoint) => (Some(*dir), checkpoint),
+            Opened::Ready(dir, checkpoint) => (Some(*dir), checkpoint.map(|c| *c)),
         },
     };
     let mut run = Run::prepare(job, dir, checkpoint, sinks, stop)?;
@@ -193,12 +193,12 @@ impl<'a, 's> Run<'a, 's> {
     fn prepare(
         mut job: Job,
         dir: Option<RunDir>,
-        checkpoint: Option<(RunState, StateDict)>,
+        checkpoint: Option<Checkpoint>,
         sinks: &'a mut [&'s mut dyn Sink],
         stop: &'a AtomicBool,
     ) -> Result<Self> {
         let (state, mut tensors) = checkpoint.map_or((None, StateDict::new()), |(state, tensors)| (Some(state), tensors));
-        let needs = job.objectives.iter().fold(Needs { student: vec![], ..Needs::default() }, |all, o| all.merge(&o.method.needs()));
+        let needs = needs_of(&job.objectives);
         let none = || Error::Refused("the student has no parameters to train".to_string());
         let (dtype, device) = home(job.student.as_ref()).ok_or_else(none)?;
         let teachers: Vec<_> = job.teachers.iter().map(|t| Arc::clone(&t.model)).collect();
@@ -224,6 +224,7 @@ impl<'a, 's> Run<'a, 's> {
             rng: Rng::new(job.seed).named("method").fork(i as u64),
         };
         job.objectives.iter_mut().enumerate().try_for_each(|(i, o)| o.method.prepare(&setup(i))).map_err(Error::Setup)?;
+        let needs = needs_of(&job.objectives); // cuts that follow from the shapes of both sides have joined
 
         let unused = job.objectives.iter().flat_map(|o| o.method.unused()).collect();
         let mut trained = parts_of("student".to_string(), &job.student, unused);
@@ -331,7 +332,7 @@ impl<'a, 's> Run<'a, 's> {
             .collect();
         let norm = grad_norm(&grads)?;
         if !norm.is_finite() {
-            return Err(self.non_finite("the gradient's norm".to_string(), norm, &batch));
+            return Err(non_finite(&self.state, "the gradient's norm".to_string(), norm, &batch));
         }
         let lr = self.lr();
         self.optimiser.step(&grads, lr, clip_scale(norm, self.job.optim.clip_grad_norm))?;
@@ -378,7 +379,11 @@ impl<'a, 's> Run<'a, 's> {
         for (i, (objective, label)) in self.job.objectives.iter_mut().zip(&self.labels).enumerate() {
             let view = StepView { student, teachers, models, batch, progress, rng: rng.fork(i as u64) };
             let factor = objective.factor(progress.epoch);
-            all.extend(objective.method.loss(&view)?.scaled(factor).prefixed(label));
+            let terms = objective.method.loss(&view).map_err(|e| match e {
+                kd_core::Error::NonFinite { what, value, .. } => non_finite(&self.state, format!("{what} of {label}"), value, batch),
+                e => e.into(),
+            })?;
+            all.extend(terms.scaled(factor).prefixed(label));
         }
         Ok(all)
     }
@@ -390,21 +395,15 @@ impl<'a, 's> Run<'a, 's> {
         for term in &terms.terms {
             let value = scalar(&term.raw)? * term.weight;
             if !value.is_finite() {
-                return Err(self.non_finite(format!("loss term {}", term.name), value, batch));
+                return Err(non_finite(&self.state, format!("loss term {}", term.name), value, batch));
             }
             values.push((term.name.clone(), value));
         }
         let total = scalar(total)?;
         if !total.is_finite() {
-            return Err(self.non_finite("the loss".to_string(), total, batch));
+            return Err(non_finite(&self.state, "the loss".to_string(), total, batch));
         }
         Ok((total, values))
-    }
-
-    fn non_finite(&self, what: String, value: f64, batch: &Batch) -> Error {
-        let samples = batch.indices.to_dtype(DType::I64).and_then(|t| t.to_vec1::<i64>());
-        let samples = samples.map_or("unknown".to_string(), |s| s.iter().map(i64::to_string).collect::<Vec<_>>().join(" "));
-        Error::NonFinite { what, value, epoch: self.state.epoch, step: self.state.step, samples }
     }
 
     /// Once, in the first step in which no loss is silent.
@@ -413,10 +412,11 @@ impl<'a, 's> Run<'a, 's> {
         if self.reached || self.job.objectives.iter().any(|o| o.weight != 0.0 && o.factor(epoch) == 0.0) {
             return Ok(());
         }
-        let mut silent = self.job.objectives.iter().zip(&self.labels).filter(|(o, _)| o.weight == 0.0);
-        let silent =
-            |part: &Part| silent.any(|(_, label)| part.name.strip_prefix(label.as_str()).is_some_and(|rest| rest.starts_with('.')));
-        checks::reached(&self.parts, grads, silent)?;
+        let silent = self.job.objectives.iter().zip(&self.labels).filter(|(o, _)| o.weight == 0.0);
+        let silent: Vec<String> = silent.map(|(_, label)| format!("{label}.")).collect();
+        let idle = |(o, label): (&Objective, &String)| o.method.idle(epoch).into_iter().map(move |i| format!("{label}.network.{i}")).collect::<Vec<_>>();
+        let idle: Vec<String> = self.job.objectives.iter().zip(&self.labels).flat_map(idle).collect();
+        checks::reached(&self.parts, grads, |part| silent.iter().any(|prefix| part.name.starts_with(prefix)) || idle.contains(&part.name))?;
         self.reached = true;
         Ok(())
     }
@@ -446,7 +446,7 @@ impl<'a, 's> Run<'a, 's> {
     }
 
     /// `None` when stopped, or when there is no such split.
-    fn evaluate_student(&mut self, split: Split) -> Result<Option<crate::Evaluation>> {
+    fn evaluate_student(&mut self, split: Split) -> Result<Option<Evaluation>> {
         let deployed = self.deployed()?;
         let source = match split {
             Split::Validation => &mut self.job.data.validation,
@@ -464,8 +464,8 @@ impl<'a, 's> Run<'a, 's> {
         for teacher in &self.job.teachers {
             evaluations.push(evaluate(teacher.model.as_ref(), source.as_mut())?);
         }
-        for i in 0..self.job.teachers.len() {
-            let (teacher, evaluation) = (&self.job.teachers[i], evaluations[i]);
+        for (i, &evaluation) in evaluations.iter().enumerate() {
+            let teacher = &self.job.teachers[i];
             let verdict = checks::teacher(teacher, &evaluation, split, self.job.data.classes);
             let subject = Subject::Teacher(teacher.name.clone());
             self.emit(&Event::Evaluated { subject, split, epochs: 0, evaluation, best: false })?;
@@ -621,6 +621,17 @@ impl<'a, 's> Run<'a, 's> {
         }
         Ok(())
     }
+}
+
+/// The union over all methods.
+fn needs_of(objectives: &[Objective]) -> Needs {
+    objectives.iter().fold(Needs { student: vec![], ..Needs::default() }, |all, o| all.merge(&o.method.needs()))
+}
+
+fn non_finite(state: &RunState, what: String, value: f64, batch: &Batch) -> Error {
+    let samples = batch.indices.to_dtype(DType::I64).and_then(|t| t.to_vec1::<i64>());
+    let samples = samples.map_or("unknown".to_string(), |s| s.iter().map(i64::to_string).collect::<Vec<_>>().join(" "));
+    Error::NonFinite { what, value, epoch: state.epoch, step: state.step, samples }
 }
 
 /// What of a network is trained.

@@ -1,0 +1,20 @@
+//! Tests of the loop, its files and its configuration.
+
+#![allow(clippy::print_stdout)] // how many fixtures were checked
+
+#[path = "main/checks.rs"]
+mod checks;
+#[path = "main/config.rs"]
+mod config;
+#[path = "main/faults.rs"]
+mod faults;
+#[path = "main/fixtures.rs"]
+mod fixtures;
+#[path = "main/optim.rs"]
+mod optim;
+#[path = "main/resume.rs"]
+mod resume;
+#[path = "main/support.rs"]
+mod support;
+#[path = "main/trajectory.rs"]
+mod trajectory;

@@ -1,0 +1,207 @@
+//! Configurations: what is read, what is refused and how.
+
+use kd_core::{Schedule, ScheduleKind};
+use kd_train::config::{DataConfig, Precision};
+use kd_train::{Config, LossConfig, OptimConfig, OptimKind, RunOptions};
+
+fn parse(text: &str, overrides: &[&str]) -> kd_train::Result<Config> {
+    let overrides: Vec<String> = overrides.iter().map(|s| s.to_string()).collect();
+    Config::parse(text, "run.toml", &overrides, kd_losses::registry())
+}
+
+const WHOLE: &str = r#"
+name = "r56-r20"
+seed = 7
+device = "cuda:1"
+threads = 2
+precision = "bf16-teacher"
+[data]
+source = "cifar100:DIR"
+batch_size = 128
+augment = ["pad-crop:4", "flip"]
+train_limit = 500
+label_noise = 0.1
+validation = 0.05
+[teacher]
+model = "resnet56"
+weights = "resnet56.pth"
+[student]
+model = "resnet20"
+[[loss]]
+method = "ce"
+weight = 0.5
+[[loss]]
+method = "nkd"
+warmup_epochs = 20
+warmup_first_epoch = 0
+gamma = 1.25
+[optim]
+kind = "adamw"
+lr = 1e-3
+[schedule]
+epochs = 30
+kind = "cosine"
+unit = "step"
+[run]
+checkpoint_steps = 100
+"#;
+
+#[test]
+fn everything_is_read_and_written_back() {
+    let config = parse(WHOLE, &[]).unwrap();
+    assert_eq!((config.seed, config.precision, config.data.batch_size), (7, Precision::Bf16Teacher, 128));
+    assert_eq!(config.optim, OptimConfig { kind: OptimKind::Adamw, lr: 1e-3, ..OptimConfig::default() });
+    assert_eq!(config.schedule.kind, ScheduleKind::Cosine);
+    assert_eq!(config.run, RunOptions { checkpoint_steps: 100, ..RunOptions::default() });
+    let nkd = &config.loss[1];
+    assert_eq!((nkd.weight, nkd.warmup_epochs, nkd.warmup_first_epoch), (1.0, 20, 0));
+    assert_eq!(nkd.params["gamma"], 1.25);
+
+    let text = config.to_toml().unwrap();
+    for default in ["temperature = 1", "eval_every = 1", "clip_grad_norm = 0", "baseline = false", "warmup_first_epoch = 1", "min_lr = 0"] {
+        assert!(text.contains(default), "{default} is not written out:\n{text}");
+    }
+    let again = parse(&text, &[]).unwrap();
+    assert_eq!(again, config);
+    assert_eq!(again.to_toml().unwrap(), text);
+}
+
+#[test]
+fn only_the_student_is_required() {
+    let config = parse("[student]\nmodel = \"resnet20\"", &[]).unwrap();
+    assert_eq!(config.name, "resnet20-ce");
+    assert_eq!(config.loss, [LossConfig::new("ce")]);
+    assert_eq!((config.data, config.schedule, config.teacher.len()), (DataConfig::default(), Schedule::default(), 0));
+
+    let config = parse("student.model = \"resnet8\"\n[teacher.train]\n[teacher]\nmodel = \"resnet20\"", &[]).unwrap();
+    assert_eq!(config.name, "resnet20-resnet8-kd");
+    assert_eq!(config.loss.iter().map(|l| (l.method.as_str(), l.weight)).collect::<Vec<_>>(), [("ce", 0.1), ("kd", 0.9)]);
+    assert_eq!(config.loss[1].params["temperature"].as_f64(), Some(4.0));
+    assert_eq!(config.teacher[0].train.as_ref().unwrap().loss, [LossConfig::new("ce")]);
+    assert_eq!(parse(&config.to_toml().unwrap(), &[]).unwrap(), config);
+}
+
+#[test]
+fn several_teachers_are_a_list() {
+    let text = r#"
+        [student]
+        model = "resnet20"
+        [[teacher]]
+        name = "a"
+        model = "resnet56"
+        weights = "a.pth"
+        weight = 0.25
+        [[teacher]]
+        model = "resnet110"
+        weights = "b.pth"
+    "#;
+    let config = parse(text, &["teacher.1.name=b"]).unwrap();
+    assert_eq!(config.teacher.iter().map(|t| (t.name.as_str(), t.weight)).collect::<Vec<_>>(), [("a", 0.25), ("b", 1.0)]);
+    assert_eq!(parse(&config.to_toml().unwrap(), &[]).unwrap(), config);
+}
+
+#[test]
+fn overrides_reach_everything() {
+    let config = parse(
+        WHOLE,
+        &[
+            "seed=3",
+            "loss.1.gamma = 2",
+            "loss.0.weight=0.25",
+            "optim.kind=sgd",
+            "data.source=digits",
+            "schedule.milestones=[1, 2]",
+            "loss.2.method=kd",
+            "student.weights=start.pth",
+        ],
+    )
+    .unwrap();
+    assert_eq!((config.seed, config.optim.kind, config.data.source.as_str()), (3, OptimKind::Sgd, "digits"));
+    assert_eq!((config.loss[1].params["gamma"].as_f64(), config.loss[0].weight), (Some(2.0), 0.25));
+    assert_eq!((config.loss[2].method.as_str(), config.schedule.milestones.as_slice()), ("kd", &[1, 2][..]));
+    assert_eq!(config.student.weights.as_deref(), Some("start.pth"));
+    // A number that is meant as text needs quotes, as in TOML.
+    assert!(parse(WHOLE, &["data.source=5"]).is_err());
+    assert_eq!(parse(WHOLE, &["data.source='5'"]).unwrap().data.source, "5");
+}
+
+#[test]
+fn mistakes_are_refused_with_their_place_and_a_hint() {
+    let student = "[student]\nmodel = \"resnet20\"\n";
+    let teacher = "[student]\nmodel = \"resnet20\"\n[teacher]\nmodel = \"resnet56\"\nweights = \"t.pth\"\n";
+    let with = |text: &str| format!("{student}{text}");
+    let taught = |text: &str| format!("{teacher}{text}");
+    // text, overrides, where, words of the message
+    let cases: Vec<(String, &[&str], &str, &[&str])> = vec![
+        (String::new(), &[], "run.toml: ", &["`student`"]),
+        (with("[optim]\nlrr = 0.1"), &[], "run.toml:4: ", &["`optim.lrr` is no known key", "did you mean `lr`?"]),
+        (with("[optimm]\nlr = 0.1"), &[], "run.toml:3: ", &["`optimm` is no known key", "did you mean `optim`?"]),
+        (with("[schedule]\nepoch = 3"), &[], "run.toml:4: ", &["`schedule.epoch`", "did you mean `epochs`?"]),
+        (with("[run]\nsomething = 3"), &[], "run.toml:4: ", &["known: checkpoint_every, checkpoint_steps"]),
+        (with("[optim]\n\n# a comment\nlr = \"fast\""), &[], "run.toml:6: ", &["`optim.lr`", "\"fast\"", "must be a number"]),
+        (with("[data]\nbatch_size = 6.5"), &[], "run.toml:4: ", &["`data.batch_size`", "6.5", "a whole number, 0 or more"]),
+        (with("[data]\nbatch_size = -6"), &[], "run.toml:4: ", &["-6", "a whole number, 0 or more"]),
+        (with("[data]\nbatch_size = 0"), &[], "run.toml:4: ", &["`data.batch_size` is 0, must be at least 1"]),
+        (with("[data]\naugment = [\"flip\",\n 3]"), &[], "run.toml:5: ", &["`data.augment.1`", "a string"]),
+        (with("[data]\nvalidation = 1.0"), &[], "run.toml:4: ", &["`data.validation` is 1", "less than 1"]),
+        (with("[optim]\nlr = 0"), &[], "run.toml:4: ", &["`optim.lr` is 0", "more than 0"]),
+        (with("[optim]\nkind = \"adam\""), &[], "run.toml:4: ", &["`optim.kind` is \"adam\"", "sgd, adamw", "did you mean `adamw`?"]),
+        (with("[schedule]\nmilestones = [3, 2]"), &[], "run.toml:4: ", &["`schedule.milestones`", "ascending"]),
+        (with("[schedule]\nepochs = 3\nwarmup_epochs = 3"), &[], "run.toml:5: ", &["`schedule.warmup_epochs`", "less than"]),
+        (format!("device = \"gpu\"\n{student}"), &[], "run.toml:1: ", &["`device` is gpu", "cpu, cuda:N or metal"]),
+        (format!("name = \"a/b\"\n{student}"), &[], "run.toml:1: ", &["`name` is a/b", "a folder's name"]),
+        (format!("seed = -1\n{student}"), &[], "run.toml:1: ", &["`seed`", "a whole number, 0 or more"]),
+        (format!("seed = 99999999999999999999\n{student}"), &[], "run.toml:1: ", &["too large"]),
+        ("[student]\nweights = \"x\"".to_string(), &[], "run.toml:1: ", &["`student` has no `model`"]),
+        ("student = \"resnet20\"".to_string(), &[], "run.toml:1: ", &["`student`", "a section"]),
+        (with("[optim]\nlr = "), &[], "run.toml:4: ", &[]),
+        (with("[optim]\nlr = 0.1\nlr = 0.2"), &[], "run.toml:5: ", &["duplicate key"]),
+        (with("[[loss]]\nmethod = \"cee\""), &[], "run.toml:4: ", &["`cee` is no known method", "did you mean `ce`?"]),
+        (with("[[loss]]\nweight = 1.0"), &[], "run.toml:3: ", &["`loss.0` has no `method`"]),
+        (with("[[loss]]\nmethod = \"ce\"\nweight = \"all\""), &[], "run.toml:5: ", &["`loss.0.weight`", "a number"]),
+        (with("[[loss]]\nmethod = \"kd\""), &[], "run.toml:4: ", &["method kd needs a teacher", "[teacher]"]),
+        (
+            taught("[[loss]]\nmethod = \"ce\"\n[[loss]]\nmethod = \"kd\"\ntemprature = 2"),
+            &[],
+            "run.toml:10: ",
+            &["no parameter of kd", "`temperature`"],
+        ),
+        (taught("[[loss]]\nmethod = \"kd\"\ntemperature = -2"), &[], "run.toml:8: ", &["temperature", "-2"]),
+        (taught("[[loss]]\nmethod = \"kd\"\ntemperature = \"hot\""), &[], "run.toml:6: ", &["kd", "hot"]),
+        (with("[teacher]\nmodel = \"resnet56\""), &[], "run.toml:3: ", &["either `weights` or a section `train`"]),
+        (taught("[teacher.train.optim]\nlr = -1"), &[], "run.toml:3: ", &["either"]),
+        (with("[teacher]\nmodel = \"a\"\n[teacher.train.optim]\nlr = -1"), &[], "run.toml:6: ", &["`teacher.0.train.optim.lr` is -1"]),
+        (with("[teacher]\nmodel = \"a\"\n[[teacher.train.loss]]\nmethod = \"kd\""), &[], "run.toml:6: ", &["needs a teacher"]),
+        (
+            with("[[teacher]]\nmodel = \"a\"\nweights = \"x\"\n[[teacher]]\nmodel = \"a\"\nweights = \"y\""),
+            &[],
+            "run.toml:6: ",
+            &["`teacher.1.name` is a"],
+        ),
+        (with(""), &["optim.lr=-1"], "--set optim.lr=-1: ", &["`optim.lr` is -1"]),
+        (with(""), &["optim.speed=1"], "--set optim.speed=1: ", &["no known key"]),
+        (with(""), &["optim.lr"], "--set optim.lr: ", &["no `=`", "section.key=value"]),
+        (with(""), &["student.model.name=x"], "--set student.model.name=x: ", &["no section"]),
+        (with("[[loss]]\nmethod = \"ce\""), &["loss.2.weight=1"], "--set loss.2.weight=1: ", &["index from 0 to 1"]),
+        (with("[[loss]]\nmethod = \"ce\""), &["loss.ce.weight=1"], "--set loss.ce.weight=1: ", &["index"]),
+        (with(""), &["=1"], "--set =1: ", &["no key"]),
+    ];
+    for (text, overrides, at, words) in &cases {
+        let error = match parse(text, overrides) {
+            Ok(config) => panic!("accepted {text:?} {overrides:?}: {config:?}"),
+            Err(e) => e,
+        };
+        let message = error.to_string();
+        assert!(message.starts_with(at), "{text:?} {overrides:?}: {message}");
+        assert!(error.is_usage());
+        for word in *words {
+            assert!(message.contains(word), "{text:?} {overrides:?}: no {word:?} in {message}");
+        }
+    }
+}
+
+#[test]
+fn a_file_that_is_not_there_is_a_usage_error() {
+    let error = Config::load(std::path::Path::new("no/such.toml"), &[], kd_losses::registry()).unwrap_err();
+    assert!(error.is_usage() && error.to_string().contains("no/such.toml"), "{error}");
+}
