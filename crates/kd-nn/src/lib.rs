@@ -14,6 +14,7 @@ mod builder;
 pub mod fused;
 mod graph;
 mod init;
+mod kernels;
 mod network;
 pub mod ops;
 pub mod reference;
@@ -22,4 +23,10 @@ pub use backward::{Gradients, NetworkGradients, backward};
 pub use builder::{Conv, GraphBuilder};
 pub use graph::{BatchNorm, Conv2d, Graph, Node, NodeId, Op, Pool};
 pub use init::Init;
+pub use kernels::Level;
 pub use network::{Executor, Network, Precision};
+
+/// The example of the README is a test.
+#[cfg(doctest)]
+#[doc = include_str!("../README.md")]
+struct Readme;

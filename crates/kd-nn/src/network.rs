@@ -7,7 +7,7 @@ use candle_core::{DType, Device, Tensor};
 use kd_core::{Classifier, Cut, Error, Mode, Model, ModelSpec, Outputs, Params, Result, Rng, Trainable};
 
 use crate::graph::{Graph, NodeId, Op};
-use crate::{fused, reference};
+use crate::{Level, fused, reference};
 
 /// Which executor a network uses.
 #[derive(Clone, Copy, Debug, Default, PartialEq, Eq)]
@@ -34,7 +34,7 @@ pub enum Precision {
 /// A network made of a [`Graph`]: flat parameters, two executors.
 pub struct Network {
     graph: Arc<Graph>,
-    params: Params,
+    params: Arc<Params>,
     trainable: AtomicBool,
     executor: Executor,
     precision: Precision,
@@ -54,7 +54,7 @@ impl Network {
         })?;
         let network = Self {
             graph: Arc::new(graph),
-            params,
+            params: Arc::new(params),
             trainable: AtomicBool::new(true),
             executor: Executor::Auto,
             precision: Precision::Fast,
@@ -81,6 +81,13 @@ impl Network {
     #[must_use]
     pub fn with_precision(mut self, precision: Precision) -> Self {
         self.precision = precision;
+        self
+    }
+
+    /// Chooses the instruction set of the fused executor's kernels, the CPU's best by default.
+    #[must_use]
+    pub fn with_level(mut self, level: Level) -> Self {
+        self.fused = fused::State::new(level);
         self
     }
 

@@ -42,7 +42,7 @@ pub fn conv2d(x: &Tensor, weight: &Tensor, bias: Option<&Tensor>, args: &ConvArg
         x.contiguous()?.conv2d(&weight.contiguous()?, args.padding[0], args.stride[0], args.dilation[0], 1)?
     } else {
         let [top, bottom, left, right] = args.padding;
-        let padded = x.pad_with_zeros(2, top, bottom)?.pad_with_zeros(3, left, right)?;
+        let padded = x.contiguous()?.pad_with_zeros(2, top, bottom)?.pad_with_zeros(3, left, right)?;
         let out = |n: usize, k: usize, axis: usize| (n - args.dilation[axis] * (k - 1) - 1) / args.stride[axis] + 1;
         let (oh, ow) = (out(h + top + bottom, kh, 0), out(w + left + right, kw, 1));
         let pick = |start: usize, n: usize, stride: usize| Tensor::from_iter((0..n).map(|i| (start + i * stride) as u32), x.device());

@@ -1,5 +1,6 @@
 //! Tests of kd-nn in one binary.
 
+mod fused;
 mod golden_ops;
 mod graph;
 mod support;

@@ -1,0 +1,380 @@
+//! What a piece of a graph is compiled to: steps, each one fused kernel pass (or two) over the batch.
+//!
+//! ```text
+//! batch statistics   conv, then norm with the ReLU behind it: a norm stores nothing, its readers normalise as they read
+//! running statistics conv with the norm folded into its weights, the sum and the ReLU behind it done as it stores
+//! both               sum with the ReLU behind it; everything else by itself
+//! ```
+
+use kd_core::Result;
+
+use crate::graph::{BatchNorm, Conv2d, Graph, NodeId, Op};
+use crate::kernels::Level;
+use crate::kernels::conv::{Conv, Padded};
+use crate::kernels::elementwise::Function;
+use crate::kernels::layout::{self, Move};
+use crate::kernels::pool::Windows;
+use crate::kernels::tile::Activation;
+
+/// A compiled piece, for one input size.
+pub(super) struct Plan {
+    pub level: Level,
+    pub from: NodeId,
+    pub wanted: Vec<NodeId>,
+    pub steps: Vec<Step>,
+    /// Shape of every node's output, by node.
+    pub shapes: Vec<Shape>,
+    /// The step that reads a node last, by node; `usize::MAX` for wanted ones.
+    pub last_use: Vec<usize>,
+    /// Whether parameters lie between `from` and the node, by node.
+    pub trainable: Vec<bool>,
+}
+
+impl Plan {
+    /// Whether the gradient of a node's output is wanted, when those of the parameters or of the input are.
+    pub(super) fn wants_grad(&self, node: NodeId, params: bool, input: bool) -> bool {
+        input || (params && self.trainable[node])
+    }
+}
+
+/// An image per sample, or one number per channel.
+#[derive(Clone, Copy, Debug, Default, PartialEq, Eq)]
+pub(super) struct Shape {
+    /// Channels, height, width; the latter 1 for a vector.
+    pub image: [usize; 3],
+    /// Whether candle sees `[B,C]`.
+    pub vector: bool,
+}
+
+impl Shape {
+    fn of(dims: &[usize]) -> Self {
+        match *dims {
+            [c, h, w] => Self { image: [c, h, w], vector: false },
+            _ => Self { image: [dims.iter().product(), 1, 1], vector: true },
+        }
+    }
+
+    /// Floats per sample.
+    pub(super) fn len(&self) -> usize {
+        self.image.iter().product()
+    }
+
+    pub(super) fn channels(&self) -> usize {
+        self.image[0]
+    }
+
+    /// The image without anything around it.
+    pub(super) fn unpadded(&self) -> Padded {
+        let [c, h, w] = self.image;
+        Padded::none([h, w, c])
+    }
+}
+
+/// One pass over the batch that produces the output of node `out`.
+pub(super) struct Step {
+    pub out: NodeId,
+    pub kind: Kind,
+}
+
+pub(super) enum Kind {
+    /// A convolution or linear layer.
+    Conv(Box<ConvStep>),
+    Norm {
+        x: NodeId,
+        norm: BatchNorm,
+        activation: Activation,
+        /// Of the batch; else the running ones.
+        batch: bool,
+        /// Whether nothing but this step reads the convolution before it.
+        only_reader: bool,
+    },
+    Add {
+        a: NodeId,
+        b: NodeId,
+        activation: Activation,
+    },
+    /// ReLU or ReLU6 by itself.
+    Rectify {
+        x: NodeId,
+        activation: Activation,
+    },
+    Function {
+        x: NodeId,
+        function: Function,
+    },
+    /// Product; `gate` has one number per channel if it is not of `x`'s size.
+    Mul {
+        x: NodeId,
+        gate: NodeId,
+    },
+    /// Channels of several inputs put together; what none of them fills is zero.
+    Channels {
+        sources: Vec<(NodeId, Vec<Move>)>,
+        full: bool,
+    },
+    Subsample {
+        x: NodeId,
+        stride: usize,
+    },
+    Max {
+        x: NodeId,
+        windows: Windows,
+    },
+    Average {
+        x: NodeId,
+        windows: Windows,
+    },
+    Flatten {
+        x: NodeId,
+    },
+    /// Dropout of elements, or of whole samples.
+    Drop {
+        x: NodeId,
+        p: f64,
+        samples: bool,
+    },
+}
+
+pub(super) struct ConvStep {
+    pub x: NodeId,
+    pub conv: Conv,
+    pub weight: usize,
+    pub bias: Option<usize>,
+    /// The batch norm behind it, with running statistics.
+    pub fold: Option<BatchNorm>,
+    /// Added to the output.
+    pub residual: Option<NodeId>,
+    pub activation: Activation,
+    /// Whether a batch norm wants the output's moments.
+    pub moments: bool,
+}
+
+impl Step {
+    /// The nodes it reads.
+    pub(super) fn inputs(&self) -> Vec<NodeId> {
+        match &self.kind {
+            Kind::Conv(c) => std::iter::once(c.x).chain(c.residual).collect(),
+            Kind::Add { a, b, .. } | Kind::Mul { x: a, gate: b } => vec![*a, *b],
+            Kind::Channels { sources, .. } => sources.iter().map(|s| s.0).collect(),
+            Kind::Norm { x, .. }
+            | Kind::Rectify { x, .. }
+            | Kind::Function { x, .. }
+            | Kind::Subsample { x, .. }
+            | Kind::Max { x, .. }
+            | Kind::Average { x, .. }
+            | Kind::Flatten { x }
+            | Kind::Drop { x, .. } => vec![*x],
+        }
+    }
+}
+
+/// Whether the fused executor has a node at all.
+pub(super) fn supports(graph: &Graph, id: NodeId) -> bool {
+    let node = &graph.nodes()[id];
+    // Tokens `[N,D]` are the reference executor's.
+    let known = |id: NodeId| matches!(graph.nodes()[id].shape.len(), 1 | 3);
+    known(id)
+        && node.inputs.iter().all(|&i| known(i))
+        && match &node.op {
+            Op::Linear { .. } => node.shape.len() == 1,
+            Op::Input | Op::ResizeNearest { .. } => false,
+            _ => true,
+        }
+}
+
+/// Compiles a piece for inputs of shape `given` (without the batch).
+pub(super) fn compile(
+    level: Level,
+    graph: &Graph,
+    from: NodeId,
+    given: &[usize],
+    piece: &[NodeId],
+    wanted: &[NodeId],
+    batch: bool,
+) -> Result<Plan> {
+    let shapes: Vec<Shape> = graph.shapes(from, given, piece)?.iter().map(|s| Shape::of(s)).collect();
+    let mut readers = vec![0; shapes.len()];
+    piece.iter().flat_map(|&id| &graph.nodes()[id].inputs).for_each(|&i| readers[i] += 1);
+    let mut compiler = Compiler {
+        level,
+        graph,
+        shapes: &shapes,
+        batch,
+        private: (0..shapes.len()).map(|id| id != from && readers[id] == 1 && !wanted.contains(&id)).collect(),
+        steps: vec![],
+        step_of: vec![usize::MAX; shapes.len()],
+    };
+    piece.iter().for_each(|&id| compiler.node(id));
+    let steps = compiler.steps;
+
+    let mut last_use = vec![0; shapes.len()];
+    let mut trainable = vec![false; shapes.len()];
+    for (at, step) in steps.iter().enumerate() {
+        let inputs = step.inputs();
+        let own = match &step.kind {
+            Kind::Conv(_) => true,
+            Kind::Norm { norm, .. } => norm.affine.is_some(),
+            _ => false,
+        };
+        trainable[step.out] = own || inputs.iter().any(|&i| trainable[i]);
+        inputs.iter().for_each(|&i| last_use[i] = at);
+    }
+    wanted.iter().for_each(|&w| last_use[w] = usize::MAX);
+    Ok(Plan { level, from, wanted: wanted.to_vec(), steps, shapes, last_use, trainable })
+}
+
+struct Compiler<'a> {
+    level: Level,
+    graph: &'a Graph,
+    shapes: &'a [Shape],
+    batch: bool,
+    /// Nodes that one other node of the piece reads and nobody outside.
+    private: Vec<bool>,
+    steps: Vec<Step>,
+    /// The step that makes a node's output, by node.
+    step_of: Vec<usize>,
+}
+
+impl Compiler<'_> {
+    fn push(&mut self, out: NodeId, kind: Kind) {
+        self.step_of[out] = self.steps.len();
+        self.steps.push(Step { out, kind });
+    }
+
+    /// The step whose output node `id` alone reads: what stands in `id` may be done there.
+    fn absorber(&mut self, id: NodeId) -> Option<&mut Step> {
+        if self.private[id] { self.steps.get_mut(self.step_of[id]) } else { None }
+    }
+
+    /// Lets step `at` produce node `out` instead of its own.
+    fn rename(&mut self, input: NodeId, out: NodeId) {
+        let at = self.step_of[input];
+        self.step_of[out] = at;
+        self.steps[at].out = out;
+    }
+
+    fn node(&mut self, id: NodeId) {
+        let node = &self.graph.nodes()[id];
+        let x = node.inputs.first().copied().unwrap_or(0);
+        let channels = self.shapes[x].channels();
+        match &node.op {
+            Op::Input => {}
+            Op::Conv2d(conv) => {
+                let [_, h, w] = self.shapes[x].image;
+                self.conv(id, x, conv, [h, w]);
+            }
+            Op::Linear { out, weight, bias } => {
+                let conv = Conv2d {
+                    in_channels: channels,
+                    out_channels: *out,
+                    kernel: [1; 2],
+                    stride: [1; 2],
+                    padding: [0; 4],
+                    dilation: [1; 2],
+                    groups: 1,
+                    weight: *weight,
+                    bias: *bias,
+                };
+                self.conv(id, x, &conv, [1; 2]);
+            }
+            Op::BatchNorm(norm) => self.norm(id, x, norm),
+            Op::Relu => self.rectify(id, x, Activation::Relu),
+            Op::Relu6 => self.rectify(id, x, Activation::Relu6),
+            Op::Gelu => self.push(id, Kind::Function { x, function: Function::Gelu }),
+            Op::Silu => self.push(id, Kind::Function { x, function: Function::Silu }),
+            Op::Hardswish => self.push(id, Kind::Function { x, function: Function::Hardswish }),
+            Op::Hardsigmoid => self.push(id, Kind::Function { x, function: Function::Hardsigmoid }),
+            Op::Sigmoid => self.push(id, Kind::Function { x, function: Function::Sigmoid }),
+            Op::Add => self.add(id, x, node.inputs[1]),
+            Op::Mul => self.push(id, Kind::Mul { x, gate: node.inputs[1] }),
+            Op::Concat => {
+                let mut to = 0;
+                let sources = node.inputs.iter().map(|&i| {
+                    let len = self.shapes[i].channels();
+                    to += len;
+                    (i, vec![Move { from: 0, to: to - len, len }])
+                });
+                let kind = Kind::Channels { sources: sources.collect(), full: true };
+                self.push(id, kind);
+            }
+            Op::Slice { start, len } => {
+                self.push(id, Kind::Channels { sources: vec![(x, vec![Move { from: *start, to: 0, len: *len }])], full: true });
+            }
+            Op::ChannelShuffle { groups } => {
+                self.push(id, Kind::Channels { sources: vec![(x, layout::shuffle(channels, *groups))], full: true });
+            }
+            Op::PadChannels { before, .. } => {
+                self.push(id, Kind::Channels { sources: vec![(x, vec![Move { from: 0, to: *before, len: channels }])], full: false });
+            }
+            Op::Subsample { stride } => self.push(id, Kind::Subsample { x, stride: *stride }),
+            Op::MaxPool(pool) => self.push(id, Kind::Max { x, windows: Windows::pool(pool, self.shapes[x].image) }),
+            Op::AvgPool(pool) => self.push(id, Kind::Average { x, windows: Windows::pool(pool, self.shapes[x].image) }),
+            Op::AdaptiveAvgPool { output } => {
+                self.push(id, Kind::Average { x, windows: Windows::adaptive(*output, self.shapes[x].image) });
+            }
+            Op::GlobalAvgPool => self.push(id, Kind::Average { x, windows: Windows::adaptive([1; 2], self.shapes[x].image) }),
+            Op::Flatten => self.push(id, Kind::Flatten { x }),
+            Op::Dropout { p } => self.push(id, Kind::Drop { x, p: *p, samples: false }),
+            Op::DropPath { p } => self.push(id, Kind::Drop { x, p: *p, samples: true }),
+            Op::ResizeNearest { .. } => unreachable!("invariant: `supports` refuses it"),
+        }
+    }
+
+    fn conv(&mut self, id: NodeId, x: NodeId, conv: &Conv2d, [h, w]: [usize; 2]) {
+        let step = ConvStep {
+            x,
+            conv: Conv::new(self.level, conv, h, w),
+            weight: conv.weight,
+            bias: conv.bias,
+            fold: None,
+            residual: None,
+            activation: Activation::None,
+            moments: false,
+        };
+        self.push(id, Kind::Conv(Box::new(step)));
+    }
+
+    fn norm(&mut self, id: NodeId, x: NodeId, norm: &BatchNorm) {
+        let batch = self.batch;
+        let mut only_reader = false;
+        if let Some(Step { kind: Kind::Conv(conv), .. }) = self.absorber(x) {
+            if batch {
+                conv.moments = true;
+                only_reader = true;
+            } else if conv.fold.is_none() && conv.residual.is_none() && conv.activation == Activation::None {
+                conv.fold = Some(norm.clone());
+                return self.rename(x, id);
+            }
+        }
+        self.push(id, Kind::Norm { x, norm: norm.clone(), activation: Activation::None, batch, only_reader });
+    }
+
+    fn rectify(&mut self, id: NodeId, x: NodeId, kind: Activation) {
+        let found = match self.absorber(x).map(|s| &mut s.kind) {
+            Some(Kind::Conv(conv)) if !conv.moments => Some(&mut conv.activation),
+            Some(Kind::Norm { activation, .. } | Kind::Add { activation, .. }) => Some(activation),
+            _ => None,
+        };
+        match found {
+            Some(activation) if *activation == Activation::None => {
+                *activation = kind;
+                self.rename(x, id);
+            }
+            _ => self.push(id, Kind::Rectify { x, activation: kind }),
+        }
+    }
+
+    /// With running statistics, a sum is done by the later of its two terms if that is a convolution read by nobody else.
+    fn add(&mut self, id: NodeId, a: NodeId, b: NodeId) {
+        let (early, late) = if self.step_of[a].wrapping_add(1) < self.step_of[b].wrapping_add(1) { (a, b) } else { (b, a) };
+        if !self.batch
+            && let Some(Step { kind: Kind::Conv(conv), .. }) = self.absorber(late)
+            && conv.residual.is_none()
+            && conv.activation == Activation::None
+        {
+            conv.residual = Some(early);
+            return self.rename(late, id);
+        }
+        self.push(id, Kind::Add { a, b, activation: Activation::None });
+    }
+}

@@ -1,0 +1,24 @@
+//! CPU kernels of the fused executor: f32, channels last (`[image][row][column][channel]`), written once over a small vector trait.
+//!
+//! | module | holds |
+//! |---|---|
+//! | `vector` | the vector trait and the [`Level`]s: AVX-512, AVX2 with FMA, portable; chosen at run time, `KD_CPU` forces one |
+//! | `tile` | the two register kernels, and the packing of weights for them |
+//! | `conv`, `depthwise` | convolution and its gradients as sweeps of these kernels over padded images |
+//! | `norm` | batch norm, and what is done while an image is copied or added |
+//! | `pool`, `elementwise`, `layout` | pooling, functions of one element, moving channels |
+//! | `threads` | who works on which images; sums that do not depend on it |
+//! | `buffer` | aligned memory that is used again |
+
+pub(crate) mod buffer;
+pub(crate) mod conv;
+mod depthwise;
+pub(crate) mod elementwise;
+pub(crate) mod layout;
+pub(crate) mod norm;
+pub(crate) mod pool;
+pub(crate) mod threads;
+pub(crate) mod tile;
+mod vector;
+
+pub use vector::Level;
