@@ -1,7 +1,6 @@
 //! One image as planes of bytes.
 
-use fast_image_resize::images::{Image as Target, ImageRef};
-use fast_image_resize::{FilterType, PixelType, ResizeAlg, ResizeOptions, Resizer};
+use crate::resize;
 
 /// An image of `channels` planes, each `height` rows of `width` bytes: what a data set holds and a transform changes.
 #[derive(Clone, Debug, Default, PartialEq, Eq)]
@@ -66,21 +65,15 @@ impl Image {
         (self.height, self.width) = (height, width);
     }
 
-    /// Becomes `height` x `width` pixels large: triangle filter, widened when shrinking (Pillow's `BILINEAR`, torchvision's default).
+    /// Becomes `height` x `width` pixels large, antialiased, as Pillow's `BILINEAR` and torchvision's default have it.
     pub fn resize(&mut self, spare: &mut Vec<u8>, [height, width]: [usize; 2]) {
         if [height, width] == [self.height, self.width] {
             return;
         }
         spare.clear();
         spare.resize(self.channels * height * width, 0);
-        let options = ResizeOptions::new().resize_alg(ResizeAlg::Convolution(FilterType::Bilinear)).use_alpha(false);
-        let mut resizer = Resizer::new();
         for (from, to) in self.planes().zip(spare.chunks_exact_mut(height * width)) {
-            let from = ImageRef::new(self.width as u32, self.height as u32, from, PixelType::U8)
-                .expect("invariant: a plane is height * width bytes");
-            let mut to =
-                Target::from_slice_u8(width as u32, height as u32, to, PixelType::U8).expect("invariant: a plane is height * width bytes");
-            resizer.resize(&from, &mut to, &options).expect("invariant: both planes are bytes and nothing is cropped");
+            resize::resize(from, [self.height, self.width], to, [height, width]);
         }
         std::mem::swap(&mut self.data, spare);
         (self.height, self.width) = (height, width);

@@ -35,6 +35,7 @@ mod folder;
 pub mod image;
 pub mod loader;
 pub mod registry;
+mod resize;
 mod root;
 pub mod select;
 pub mod transforms;

@@ -54,10 +54,10 @@ impl Transform for RandAugment {
 }
 
 fn change(image: &mut Image, spare: &mut Vec<u8>, which: u64, magnitude: u64, negative: bool) {
-    let share = magnitude as f32 / LARGEST as f32;
+    let share = magnitude as f64 / LARGEST as f64;
     let signed = if negative { -share } else { share };
-    let factor = 1.0 + 0.9 * signed;
-    let (height, width) = (image.height as f32, image.width as f32);
+    let factor = (1.0 + 0.9 * signed) as f32;
+    let (height, width) = (image.height as f64, image.width as f64);
     match which {
         0 => {}
         1 => affine(image, spare, [1.0, 0.3 * signed, 0.0, 0.0, 1.0, 0.0]),
@@ -74,12 +74,12 @@ fn change(image: &mut Image, spare: &mut Vec<u8>, which: u64, magnitude: u64, ne
         8 => colour::contrast(image, factor),
         9 => colour::sharpness(image, spare, factor),
         10 => {
-            let bits = 8 - (magnitude as f32 / (LARGEST as f32 / 4.0)).round_ties_even() as u32;
+            let bits = 8 - (4.0 * share).round_ties_even() as u32;
             colour::map(image, |v| v & (0xFF00u16 >> bits) as u8);
         }
         11 => {
             let threshold = 255.0 * (1.0 - share);
-            colour::map(image, |v| if f32::from(v) >= threshold { 255 - v } else { v });
+            colour::map(image, |v| if f64::from(v) >= threshold { 255 - v } else { v });
         }
         12 => colour::autocontrast(image),
         _ => colour::equalize(image),
@@ -87,16 +87,16 @@ fn change(image: &mut Image, spare: &mut Vec<u8>, which: u64, magnitude: u64, ne
 }
 
 /// The pixel whose middle is (x, y) shows the one that holds `(a x + b y + c, d x + e y + f)`.
-fn affine(image: &mut Image, spare: &mut Vec<u8>, [a, b, c, d, e, f]: [f32; 6]) {
+fn affine(image: &mut Image, spare: &mut Vec<u8>, [a, b, c, d, e, f]: [f64; 6]) {
     let (height, width) = (image.height, image.width);
     spare.clear();
     spare.resize(image.data.len(), 0);
     let plane = height * width;
     for y in 0..height {
         for x in 0..width {
-            let (mx, my) = (x as f32 + 0.5, y as f32 + 0.5);
+            let (mx, my) = (x as f64 + 0.5, y as f64 + 0.5);
             let (from_x, from_y) = ((a * mx + b * my + c).floor(), (d * mx + e * my + f).floor());
-            if from_x >= 0.0 && from_y >= 0.0 && from_x < width as f32 && from_y < height as f32 {
+            if from_x >= 0.0 && from_y >= 0.0 && from_x < width as f64 && from_y < height as f64 {
                 let from = from_y as usize * width + from_x as usize;
                 for channel in 0..image.channels {
                     spare[channel * plane + y * width + x] = image.data[channel * plane + from];

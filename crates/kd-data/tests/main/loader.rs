@@ -157,6 +157,89 @@ fn a_panic_in_the_thread_reaches_the_consumer() {
     }
 }
 
+/// Loaders over data in which each sample is a class of its own, so that soft targets tell who was mixed with whom.
+fn mixed(specs: &[&str], threads: usize) -> (Vec<Seen>, Vec<Vec<Vec<f32>>>, Vec<Seen>) {
+    let data = random_set(20, [2, 6, 5], 20);
+    let with = |specs: &[&str]| LoaderOptions { augment: vec![Pipeline::parse(specs).unwrap()], ..options(8, threads) };
+    let plain = epoch(&mut Loader::train(&data, &with(&["flip"])).unwrap(), 4, 0);
+    let mut loader = Loader::train(&data, &with(&[&["flip"], specs].concat())).unwrap();
+    loader.start(4, 0).unwrap();
+    let (mut batches, mut targets) = (vec![], vec![]);
+    while let Some(batch) = loader.next_batch().unwrap() {
+        targets.push(batch.targets.as_ref().unwrap().to_vec2::<f32>().unwrap());
+        batches.push(crate::support::seen(&batch));
+    }
+    (batches, targets, plain)
+}
+
+/// The row of the heavier and of the lighter share of a target, with the weight of sample `own`.
+fn shares(target: &[f32], own: i64) -> (f32, Option<usize>) {
+    let partner = target.iter().enumerate().position(|(class, &share)| share > 0.0 && class as i64 != own);
+    (target[own as usize], partner)
+}
+
+#[test]
+fn mixup_weights_images_and_labels_alike() {
+    let (mixed, targets, plain) = mixed(&["mixup:0.8"], 2);
+    let mut partners = 0;
+    for ((mixed, targets), plain) in mixed.iter().zip(&targets).zip(&plain) {
+        let weights: Vec<f32> = targets.iter().zip(&plain.1).map(|(t, &own)| shares(t, own).0).filter(|w| *w < 1.0).collect();
+        assert!(weights.iter().all(|w| (w - weights[0]).abs() < 1e-6), "one weight a batch");
+        for (row, (target, &own)) in targets.iter().zip(&plain.1).enumerate() {
+            assert!((target.iter().sum::<f32>() - 1.0).abs() < 1e-6);
+            let (weight, partner) = shares(target, own);
+            let from = partner.map_or(row, |p| plain.1.iter().position(|&l| l == p as i64).unwrap());
+            partners += usize::from(partner.is_some());
+            for view in 0..2 {
+                for i in 0..60 {
+                    let (a, b) = (plain.0[view][row * 60 + i], plain.0[view][from * 60 + i]);
+                    assert!((mixed.0[view][row * 60 + i] - (weight * a + (1.0 - weight) * b)).abs() < 1e-5);
+                }
+            }
+            let heavier = if weight >= 0.5 { own } else { partner.unwrap() as i64 };
+            assert_eq!(mixed.1[row], heavier);
+        }
+        assert_eq!(mixed.2, plain.2);
+    }
+    assert!(partners > 10);
+}
+
+#[test]
+fn cutmix_weights_labels_by_area() {
+    let (mixed, targets, plain) = mixed(&["cutmix:1"], 1);
+    let mut cut = 0;
+    for ((mixed, targets), plain) in mixed.iter().zip(&targets).zip(&plain) {
+        for (row, (target, &own)) in targets.iter().zip(&plain.1).enumerate() {
+            let (weight, partner) = shares(target, own);
+            let from = partner.map_or(row, |p| plain.1.iter().position(|&l| l == p as i64).unwrap());
+            let foreign: Vec<usize> = (0..60).filter(|i| mixed.0[0][row * 60 + i] != plain.0[0][row * 60 + i]).collect();
+            assert!(foreign.iter().all(|i| mixed.0[0][row * 60 + i] == plain.0[0][from * 60 + i]));
+            // Two pixels of random images may be equal by chance.
+            assert!((foreign.len() as f32 / 60.0 - (1.0 - weight)).abs() < 0.07, "{} {weight}", foreign.len());
+            cut += usize::from(!foreign.is_empty());
+        }
+    }
+    assert!(cut > 5);
+}
+
+#[test]
+fn mixtures_do_not_depend_on_threads_and_vary_by_batch() {
+    let both = ["mixup:0.8", "cutmix:1"];
+    let (one, four) = (mixed(&both, 1), mixed(&both, 4));
+    assert!(one.0 == four.0 && one.1 == four.1);
+    let data = random_set(400, [1, 4, 4], 400);
+    let options = LoaderOptions { augment: vec![Pipeline::parse(&both).unwrap()], ..options(8, 1) };
+    let kinds = epoch(&mut Loader::train(&data, &options).unwrap(), 0, 0);
+    let plain = epoch(&mut Loader::train(&data, &LoaderOptions { augment: vec![], ..options.clone() }).unwrap(), 0, 0);
+    // cutmix leaves every pixel one of the batch's, mixup makes new ones.
+    let cut = kinds.iter().zip(&plain).filter(|(k, p)| k.0[0].iter().all(|v| p.0[0].contains(v))).count();
+    assert!((10..40).contains(&cut), "{cut} of 50");
+    assert!(epoch(&mut Loader::train(&data, &options).unwrap(), 0, 30) == kinds[30..]);
+    let mut eval = Loader::eval(&data, &options).unwrap();
+    eval.start(0, 0).unwrap();
+    assert!(eval.next_batch().unwrap().unwrap().targets.is_none());
+}
+
 #[test]
 fn nonsense_is_refused() {
     let data = random_set(20, [3, 4, 4], 2);
