@@ -1,6 +1,7 @@
 //! Tests of kd-nn in one binary.
 
 mod fused;
+mod golden_fused;
 mod golden_ops;
 mod graph;
 mod support;
