@@ -18,7 +18,7 @@
 //!
 //! | parameter | default | range | |
 //! |---|---|---|---|
-//! | `adapter` | `"auto"` | `"auto"`, `"none"`, `"bn_dropout_linear"` | see [`Adapter`](crate::Adapter); auto: only where the widths differ |
+//! | `adapter` | `"auto"` | `"auto"`, `"none"`, `"bn_dropout_linear"` | see [`Adapter`]; auto: only where the widths differ |
 //! | `eps` | 1e-12 | > 0 | a feature of at most this length is a constant of this length |
 //! | `bn_eps` | 1e-5 | > 0 | of the adapter's batch norm |
 //! | `dropout` | 0.5 | 0..1 | of the adapter |
