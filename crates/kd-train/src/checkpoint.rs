@@ -10,7 +10,7 @@ use kd_core::StateDict;
 use serde::Serialize;
 use serde::de::DeserializeOwned;
 
-use crate::files::{Files, remove_scratch, write_durable};
+use crate::files::{Files, create_durable, remove_scratch, write_durable};
 use crate::parts::{StringMap, from_safetensors, sha256, to_safetensors};
 use crate::{Error, Result};
 
@@ -35,7 +35,7 @@ impl Generations {
 
     /// Makes the folder and removes what killed saves left: scratch files and tensors without their state.
     pub(crate) fn open(&self, files: &dyn Files) -> Result<()> {
-        files.create_dirs(&self.dir).map_err(|e| Error::io("creating", &self.dir, e))?;
+        create_durable(files, &self.dir)?;
         remove_scratch(files, &self.dir)?;
         let committed = self.committed(files)?;
         self.remove_unless(files, |n| committed.contains(&n))

@@ -4,14 +4,14 @@ use candle_core::Tensor;
 use kd_core::{Cut, ModelSpec, Needs};
 use kd_nn::Gradients;
 
+use crate::job::{Job, Teacher};
 use crate::optim::{Part, Target};
-use crate::trainer::{Job, Teacher};
 use crate::{Error, Evaluation, Result, Split};
 
 /// Names listed in a message before it says how many more there are.
 const LISTED: usize = 3;
 
-/// Classes, cuts and inputs: does every method get what it asks for?
+/// Ranges, classes, cuts and inputs.
 pub(crate) fn job(job: &Job) -> Result<()> {
     job.optim.validate().and_then(|()| job.schedule.validate()).map_err(Error::Setup)?;
     let refuse = |message: String| Err(Error::Refused(message));
@@ -32,6 +32,13 @@ pub(crate) fn job(job: &Job) -> Result<()> {
             return refuse(format!("teacher {} has {outputs} outputs, the data {classes} classes", teacher.name));
         }
     }
+    needs(job)
+}
+
+/// Does every method get what it asks for?
+pub(crate) fn needs(job: &Job) -> Result<()> {
+    let refuse = |message: String| Err(Error::Refused(message));
+    let student = job.student.spec();
     for objective in &job.objectives {
         let name = objective.method.name();
         let needs = objective.method.needs();

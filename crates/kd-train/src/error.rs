@@ -133,6 +133,14 @@ impl Error {
         Self::Damaged { path: path.as_ref().to_path_buf(), why: why.to_string() }
     }
 
+    /// The same, met before the first step.
+    pub(crate) fn early(self) -> Self {
+        match self {
+            Self::Core(e) => Self::Setup(e),
+            e => e,
+        }
+    }
+
     /// Whether the input of the run is at fault, not its course: the usage errors of a command line.
     pub fn is_usage(&self) -> bool {
         !matches!(self, Self::Core(_) | Self::Candle(_) | Self::NonFinite { .. } | Self::Io { .. })

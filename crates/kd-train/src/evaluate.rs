@@ -48,7 +48,7 @@ pub fn evaluate(model: &dyn Model, source: &mut dyn BatchSource) -> Result<Evalu
 }
 
 /// As [`evaluate`], giving up with `None` between two batches once `stop` is set.
-pub fn evaluate_unless(model: &dyn Model, source: &mut dyn BatchSource, stop: &AtomicBool) -> Result<Option<Evaluation>> {
+pub(crate) fn evaluate_unless(model: &dyn Model, source: &mut dyn BatchSource, stop: &AtomicBool) -> Result<Option<Evaluation>> {
     let (mut accuracy, mut calibration, mut loss) = (Accuracy::default(), Calibration::new(BINS), Mean::default());
     source.start(0, 0)?;
     while let Some(batch) = source.next_batch()? {
@@ -90,11 +90,25 @@ pub fn evaluate_unless(model: &dyn Model, source: &mut dyn BatchSource, stop: &A
 /// # Errors
 /// A class without a sample, a class whose mean is zero, a label outside the classes.
 pub fn class_means(teacher: &dyn Model, source: &mut dyn BatchSource, classes: usize) -> Result<Tensor> {
+    let means = class_means_unless(teacher, source, classes, &AtomicBool::new(false))?;
+    Ok(means.expect("invariant: nothing sets the flag"))
+}
+
+/// As [`class_means`], giving up with `None` between two batches once `stop` is set.
+pub(crate) fn class_means_unless(
+    teacher: &dyn Model,
+    source: &mut dyn BatchSource,
+    classes: usize,
+    stop: &AtomicBool,
+) -> Result<Option<Tensor>> {
     let width = teacher.spec().embedding;
     let mut sums = vec![0.0; classes * width];
     let mut counts = vec![0usize; classes];
     source.start(0, 0)?;
     while let Some(batch) = source.next_batch()? {
+        if stop.load(Ordering::Relaxed) {
+            return Ok(None);
+        }
         let outputs = teacher.run(&on_device_of(teacher, first_view(&batch)?)?, Cut::Input, &[Cut::Embedding], Mode::Eval)?;
         let embedding = outputs.embedding()?.detach();
         if embedding.dims() != [batch.len(), width] {
@@ -118,7 +132,7 @@ pub fn class_means(teacher: &dyn Model, source: &mut dyn BatchSource, classes: u
             return Err(Error::refused(format!("class means: the mean embedding of class {class} is zero")).into());
         }
     }
-    Ok(Tensor::from_vec(sums, (classes, width), &candle_core::Device::Cpu)?)
+    Ok(Some(Tensor::from_vec(sums, (classes, width), &candle_core::Device::Cpu)?))
 }
 
 fn first_view(batch: &Batch) -> Result<&Tensor> {

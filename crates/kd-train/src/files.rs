@@ -125,6 +125,12 @@ pub fn write_durable(files: &dyn Files, path: &Path, bytes: &[u8]) -> Result<()>
     files.sync_dir(parent(path)).map_err(|e| Error::io("syncing the folder of", path, e))
 }
 
+/// Makes a folder that is still there after a power cut.
+pub(crate) fn create_durable(files: &dyn Files, dir: &Path) -> Result<()> {
+    files.create_dirs(dir).map_err(|e| Error::io("creating", dir, e))?;
+    files.sync_dir(parent(dir)).map_err(|e| Error::io("syncing the folder of", dir, e))
+}
+
 /// Removes what killed writes left in `dir`. Only the holder of the run's lock may call it.
 pub(crate) fn remove_scratch(files: &dyn Files, dir: &Path) -> Result<()> {
     for name in files.list(dir).map_err(|e| Error::io("listing", dir, e))? {

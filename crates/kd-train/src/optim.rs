@@ -265,13 +265,13 @@ struct Trained {
     /// What moves, within the flat values.
     ranges: Vec<Range<usize>>,
     buffers: Vec<Flat>,
+    steps: u64,
 }
 
 /// The optimiser of a run: one rule over several parts.
 pub struct Optimiser {
     rule: Rule,
     parts: Vec<Trained>,
-    steps: u64,
 }
 
 impl Optimiser {
@@ -302,24 +302,29 @@ impl Optimiser {
                     }
                 };
                 let buffers = rule.buffers().iter().map(|_| Flat::zeros(len, dtype, &device)).collect::<Result<_>>()?;
-                Ok(Trained { name: part.name, target: part.target, ranges, buffers })
+                Ok(Trained { name: part.name, target: part.target, ranges, buffers, steps: 0 })
             })
             .collect::<Result<_>>()?;
-        Ok(Self { rule, parts, steps: 0 })
+        Ok(Self { rule, parts })
     }
 
-    /// Moves every part by one step. `grads` holds one gradient per part, flat for a network; `None` counts as zero.
+    /// Moves every part by one step. `grads` holds one gradient per part, flat for a network. A part without one stays as it is; one with
+    /// a gradient of zero still decays and keeps its momentum.
     pub fn step(&mut self, grads: &[Option<Tensor>], lr: f64, scale: f64) -> Result<()> {
-        self.steps += 1;
-        let step = Step { lr, scale, t: self.steps };
-        self.parts.iter().zip(grads).try_for_each(|(part, grad)| part.step(&self.rule, grad.as_ref(), step))
+        for (part, grad) in self.parts.iter_mut().zip(grads) {
+            if let Some(grad) = grad {
+                part.steps += 1;
+                part.step(&self.rule, grad, Step { lr, scale, t: part.steps })?;
+            }
+        }
+        Ok(())
     }
 
-    /// Buffers and step count by part name, copies.
+    /// Buffers and step counts by part name, copies.
     pub fn state(&self) -> Result<StateDict> {
         let mut state = StateDict::new();
-        state.insert("steps".to_string(), Tensor::new(self.steps as i64, &Device::Cpu)?);
         for part in &self.parts {
+            state.insert(format!("{}.steps", part.name), Tensor::new(part.steps as i64, &Device::Cpu)?);
             for (buffer, name) in part.buffers.iter().zip(self.rule.buffers()) {
                 state.insert(format!("{}.{name}", part.name), buffer.snapshot()?);
             }
@@ -333,32 +338,29 @@ impl Optimiser {
     /// State of another rule or other parts.
     pub fn load_state(&mut self, state: &StateDict) -> Result<()> {
         let get = |name: &str| state.get(name).ok_or_else(|| Error::missing("the optimiser's state", name));
-        for part in &self.parts {
+        for part in &mut self.parts {
             for (buffer, name) in part.buffers.iter().zip(self.rule.buffers()) {
                 buffer.set(get(&format!("{}.{name}", part.name))?)?;
             }
+            part.steps = get(&format!("{}.steps", part.name))?.to_scalar::<i64>()? as u64;
         }
-        self.steps = get("steps")?.to_scalar::<i64>()? as u64;
         Ok(())
     }
 }
 
 impl Trained {
-    fn step(&self, rule: &Rule, grad: Option<&Tensor>, step: Step) -> Result<()> {
+    fn step(&self, rule: &Rule, grad: &Tensor, step: Step) -> Result<()> {
         match &self.target {
             Target::Network(network) => {
                 let params = network.params().ok_or_else(|| Error::missing(&self.name, "flat parameters"))?;
-                let zero = || Tensor::zeros(params.count(), params.dtype(), params.device());
-                let grad = grad.map_or_else(zero, |g| Ok(g.clone()))?;
                 match (params.device().is_cpu(), params.dtype()) {
-                    (true, DType::F32) => self.sweep::<f32>(params.values(), rule, &grad, step),
-                    (true, DType::F64) => self.sweep::<f64>(params.values(), rule, &grad, step),
-                    _ => params.values().set(&self.compose(params.values().snapshot()?, rule, &grad, step)?),
+                    (true, DType::F32) => self.sweep::<f32>(params.values(), rule, grad, step),
+                    (true, DType::F64) => self.sweep::<f64>(params.values(), rule, grad, step),
+                    _ => params.values().set(&self.compose(params.values().snapshot()?, rule, grad, step)?),
                 }
             }
             Target::Var(var) => {
-                let grad = grad.map_or_else(|| var.zeros_like(), |g| Ok(g.clone()))?.flatten_all()?;
-                let moved = self.compose(var.as_detached_tensor().flatten_all()?, rule, &grad, step)?;
+                let moved = self.compose(var.as_detached_tensor().flatten_all()?, rule, &grad.flatten_all()?, step)?;
                 Ok(var.set(&moved.reshape(var.shape())?)?)
             }
         }

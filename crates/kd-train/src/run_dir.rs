@@ -22,7 +22,7 @@ use serde::{Deserialize, Serialize};
 
 use crate::checkpoint::Generations;
 use crate::events::{Event, JsonLines, Sink};
-use crate::files::{Disk, Files, remove_scratch, write_durable};
+use crate::files::{Disk, Files, create_durable, remove_scratch, write_durable};
 use crate::parts::{StringMap, to_safetensors};
 use crate::state::{Best, EpochRecord, RunResult, RunState};
 use crate::{Error, Result};
@@ -109,7 +109,7 @@ impl RunDir {
     pub(crate) fn open(place: RunPlace, fingerprints: StringMap) -> Result<Opened> {
         let files = Arc::clone(&place.files);
         let files = files.as_ref();
-        files.create_dirs(&place.dir).map_err(|e| Error::io("creating", &place.dir, e))?;
+        create_durable(files, &place.dir)?;
         let lock = lock(files, &place.dir)?;
         remove_scratch(files, &place.dir)?;
 
@@ -137,6 +137,7 @@ impl RunDir {
         }
 
         let checkpoints = place.dir.join("checkpoints");
+        create_durable(files, &checkpoints)?;
         let (last, best) = (Generations::new(checkpoints.join("last")), Generations::new(checkpoints.join("best")));
         last.open(files)?;
         best.open(files)?;

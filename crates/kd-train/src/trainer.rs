@@ -18,109 +18,16 @@ use std::sync::atomic::{AtomicBool, Ordering};
 use std::time::Instant;
 
 use candle_core::{DType, Device, Tensor};
-use kd_core::schedule::warmup_factor;
-use kd_core::{
-    Batch, BatchSource, Cut, LossTerms, Method, Mode, Model, Models, Needs, Outputs, Progress, Rng, Schedule, Setup, StateDict, StepView,
-    Trainable,
-};
+use kd_core::{Batch, Cut, LossTerms, Mode, Model, Models, Needs, Outputs, Progress, Rng, Setup, StateDict, StepView, Trainable};
 
-use crate::config::RunOptions;
-use crate::evaluate::{class_means, evaluate, evaluate_unless, on_device_of};
+use crate::evaluate::{class_means_unless, evaluate_unless, on_device_of};
 use crate::events::{Event, Sink, Split, StepReport, Subject};
-use crate::optim::{OptimConfig, Optimiser, Part, Target, clip_scale, grad_norm};
-use crate::parts::{self, StringMap, fingerprint, home, tensors};
-use crate::run_dir::{self, Checkpoint, Opened, RunDir, RunPlace};
+use crate::job::{Job, Objective, Outcome, fingerprints, labels};
+use crate::optim::{Optimiser, Part, Target, clip_scale, grad_norm};
+use crate::parts::{self, fingerprint, home, tensors};
+use crate::run_dir::{self, Checkpoint, Opened, RunDir};
 use crate::state::{Best, EpochRecord, Exported, RunResult, RunState};
 use crate::{Error, Evaluation, Result, checks};
-
-/// Everything a run needs, built.
-pub struct Job {
-    /// The network to train.
-    pub student: Arc<dyn Model>,
-    /// The networks to learn from.
-    pub teachers: Vec<Teacher>,
-    /// The losses; their weighted sum is minimised.
-    pub objectives: Vec<Objective>,
-    /// Images and labels.
-    pub data: Data,
-    /// The optimiser.
-    pub optim: OptimConfig,
-    /// Epochs and learning rate.
-    pub schedule: Schedule,
-    /// Checkpoints, evaluations, checks.
-    pub options: RunOptions,
-    /// Everything random follows from it.
-    pub seed: u64,
-    /// The run directory; `None` writes nothing.
-    pub place: Option<RunPlace>,
-}
-
-/// A frozen network, and what messages call it.
-pub struct Teacher {
-    /// What messages call it.
-    pub name: String,
-    /// The network.
-    pub model: Arc<dyn Model>,
-}
-
-/// A method's part in the loss: `weight * min(1, (epoch + first) / warmup_epochs)` of its terms.
-pub struct Objective {
-    /// The method.
-    pub method: Box<dyn Method>,
-    /// Its factor.
-    pub weight: f64,
-    /// Epochs over which the factor grows; 0: none.
-    pub warmup_epochs: usize,
-    /// What the first epoch counts as in the warm-up.
-    pub warmup_first_epoch: usize,
-}
-
-impl Objective {
-    /// `method` with a weight and no warm-up.
-    pub fn new(method: Box<dyn Method>, weight: f64) -> Self {
-        Self { method, weight, warmup_epochs: 0, warmup_first_epoch: 1 }
-    }
-
-    fn factor(&self, epoch: usize) -> f64 {
-        self.weight * warmup_factor(epoch, self.warmup_epochs, self.warmup_first_epoch)
-    }
-}
-
-/// The data of a run.
-pub struct Data {
-    /// Classes.
-    pub classes: usize,
-    /// Samples of a full batch.
-    pub batch_size: usize,
-    /// The training set, shuffled and augmented by the source.
-    pub train: Box<dyn BatchSource>,
-    /// The training set without augmentation, for class means.
-    pub plain: Option<Box<dyn BatchSource>>,
-    /// Samples held out of the training set: the best student is chosen on them, and exported.
-    pub validation: Option<Box<dyn BatchSource>>,
-    /// The test set. Without a validation split it is evaluated every epoch, and the last student is exported.
-    pub test: Option<Box<dyn BatchSource>>,
-    /// Names the data: a resume must bring the same.
-    pub fingerprint: String,
-    /// `[K,D]`; computed from `plain` when a method needs them and they are not given.
-    pub class_means: Option<Tensor>,
-    /// A group for each class.
-    pub class_groups: Option<Vec<i64>>,
-}
-
-/// How [`train`] returned.
-#[derive(Clone, Debug, PartialEq)]
-pub enum Outcome {
-    /// The run is at its end, now or already before; the student holds the exported weights (where those are the student's own).
-    Finished(Box<RunResult>),
-    /// The stop flag was set; the run directory goes on from here.
-    Interrupted {
-        /// The present epoch, from 0.
-        epoch: usize,
-        /// Steps made.
-        step: usize,
-    },
-}
 
 /// Trains to the end of the schedule, from wherever the run directory stands: nowhere, in the middle, or already there.
 ///
@@ -142,7 +49,9 @@ pub fn train(mut job: Job, sinks: &mut [&mut dyn Sink], stop: &AtomicBool) -> Re
             Opened::Ready(dir, checkpoint) => (Some(*dir), checkpoint.map(|c| *c)),
         },
     };
-    let mut run = Run::prepare(job, dir, checkpoint, sinks, stop)?;
+    let Some(mut run) = Run::prepare(job, dir, checkpoint, sinks, stop)? else {
+        return Ok(Outcome::Interrupted { epoch: 0, step: 0 });
+    };
     while run.state.epoch < run.job.schedule.epochs {
         if !run.train_epoch()? || !run.evaluate_epoch()? {
             return run.interrupt();
@@ -154,16 +63,6 @@ pub fn train(mut job: Job, sinks: &mut [&mut dyn Sink], stop: &AtomicBool) -> Re
         }
     }
     run.finish()
-}
-
-/// What a resume must find unchanged.
-fn fingerprints(job: &Job) -> Result<StringMap> {
-    let mut all = StringMap::from([("data".to_string(), job.data.fingerprint.clone())]);
-    all.insert("student's start".to_string(), fingerprint(job.student.as_ref())?);
-    for teacher in &job.teachers {
-        all.insert(format!("teacher {}", teacher.name), fingerprint(teacher.model.as_ref())?);
-    }
-    Ok(all)
 }
 
 struct Run<'a, 's> {
@@ -190,27 +89,32 @@ struct Run<'a, 's> {
 }
 
 impl<'a, 's> Run<'a, 's> {
+    /// Everything up to the first step; `None` when stopped before it.
     fn prepare(
         mut job: Job,
         dir: Option<RunDir>,
         checkpoint: Option<Checkpoint>,
         sinks: &'a mut [&'s mut dyn Sink],
         stop: &'a AtomicBool,
-    ) -> Result<Self> {
+    ) -> Result<Option<Self>> {
         let (state, mut tensors) = checkpoint.map_or((None, StateDict::new()), |(state, tensors)| (Some(state), tensors));
         let needs = needs_of(&job.objectives);
         let none = || Error::Refused("the student has no parameters to train".to_string());
         let (dtype, device) = home(job.student.as_ref()).ok_or_else(none)?;
         let teachers: Vec<_> = job.teachers.iter().map(|t| Arc::clone(&t.model)).collect();
         if needs.class_means {
-            job.data.class_means = Some(match (tensors.remove("class_means"), job.data.class_means.take(), &mut job.data.plain) {
-                (Some(means), _, _) | (None, Some(means), _) => means.to_device(&device)?.to_dtype(dtype)?,
-                (None, None, Some(plain)) => {
-                    let teacher = teachers.first().ok_or_else(|| Error::Refused("class means need a teacher".to_string()))?;
-                    class_means(teacher.as_ref(), plain.as_mut(), job.data.classes)?.to_device(&device)?.to_dtype(dtype)?
+            let given = tensors.remove("class_means").or(job.data.class_means.take());
+            let means = match (given, &mut job.data.plain, teachers.first()) {
+                (Some(means), ..) => means,
+                (None, Some(plain), Some(teacher)) => {
+                    match class_means_unless(teacher.as_ref(), plain.as_mut(), job.data.classes, stop).map_err(Error::early)? {
+                        Some(means) => means,
+                        None => return Ok(None),
+                    }
                 }
-                (None, None, None) => return Err(Error::Refused("class means need an unaugmented training set".to_string())),
-            });
+                _ => return Err(Error::Refused("class means need a teacher and an unaugmented training set".to_string())),
+            };
+            job.data.class_means = Some(means.to_device(&device)?.to_dtype(dtype)?);
         }
         let setup = |i: usize| Setup {
             models: Models { student: job.student.as_ref(), teachers: &teachers },
@@ -224,7 +128,8 @@ impl<'a, 's> Run<'a, 's> {
             rng: Rng::new(job.seed).named("method").fork(i as u64),
         };
         job.objectives.iter_mut().enumerate().try_for_each(|(i, o)| o.method.prepare(&setup(i))).map_err(Error::Setup)?;
-        let needs = needs_of(&job.objectives); // cuts that follow from the shapes of both sides have joined
+        checks::needs(&job)?; // once more: cuts that follow from the shapes of both sides have joined
+        let needs = needs_of(&job.objectives);
 
         let unused = job.objectives.iter().flat_map(|o| o.method.unused()).collect();
         let mut trained = parts_of("student".to_string(), &job.student, unused);
@@ -267,14 +172,15 @@ impl<'a, 's> Run<'a, 's> {
         warnings.into_iter().try_for_each(|message| run.emit(&Event::Warning { message }))?;
         match state {
             Some(_) => run.load(&tensors)?,
-            None => run.evaluate_teachers()?,
+            None if !run.evaluate_teachers()? => return Ok(None),
+            None => {}
         }
         if let Some(dir) = &run.dir {
             let steps = run.job.schedule.epochs * run.job.data.train.batches();
             let student = run.student_tensors()?;
             dir.require_space(checks::bytes_needed(run.tensors()?.values(), student.values(), steps))?;
         }
-        Ok(run)
+        Ok(Some(run))
     }
 
     /// Trains what is left of the present epoch; `false` when stopped.
@@ -321,15 +227,14 @@ impl<'a, 's> Run<'a, 's> {
         let networks: Vec<&dyn Model> = self.parts.iter().filter_map(|p| p.network()).collect();
         let mut grads = kd_nn::backward(&loss, &networks)?;
         self.check_reached(&grads)?;
+        let idle = self.idle();
         let mut flat = grads.networks.drain(..);
-        let grads: Vec<Option<Tensor>> = self
-            .parts
-            .iter()
-            .map(|part| match &part.target {
-                Target::Network(_) => flat.next().flatten().map(|n| n.flat),
-                Target::Var(var) => grads.store.get(var).cloned(),
-            })
-            .collect();
+        let gradient = |part: &Part| match &part.target {
+            Target::Network(_) => Ok(flat.next().flatten().map(|n| n.flat).filter(|_| !idle.contains(&part.name))),
+            // As in a flat gradient, a loss that is silent for now leaves zero.
+            Target::Var(var) => grads.store.get(var).map_or_else(|| var.zeros_like(), |g| Ok(g.clone())).map(Some),
+        };
+        let grads: Vec<Option<Tensor>> = self.parts.iter().map(gradient).collect::<candle_core::Result<_>>()?;
         let norm = grad_norm(&grads)?;
         if !norm.is_finite() {
             return Err(non_finite(&self.state, "the gradient's norm".to_string(), norm, &batch));
@@ -414,11 +319,18 @@ impl<'a, 's> Run<'a, 's> {
         }
         let silent = self.job.objectives.iter().zip(&self.labels).filter(|(o, _)| o.weight == 0.0);
         let silent: Vec<String> = silent.map(|(_, label)| format!("{label}.")).collect();
-        let idle = |(o, label): (&Objective, &String)| o.method.idle(epoch).into_iter().map(move |i| format!("{label}.network.{i}")).collect::<Vec<_>>();
-        let idle: Vec<String> = self.job.objectives.iter().zip(&self.labels).flat_map(idle).collect();
+        let idle = self.idle();
         checks::reached(&self.parts, grads, |part| silent.iter().any(|prefix| part.name.starts_with(prefix)) || idle.contains(&part.name))?;
         self.reached = true;
         Ok(())
+    }
+
+    /// Names of the methods' networks that take no part in this epoch: they stay as they are.
+    fn idle(&self) -> Vec<String> {
+        let names = |(o, label): (&Objective, &String)| {
+            o.method.idle(self.state.epoch).into_iter().map(|i| format!("{label}.network.{i}")).collect::<Vec<_>>()
+        };
+        self.job.objectives.iter().zip(&self.labels).flat_map(names).collect()
     }
 
     /// Evaluates the student when it is due after the present epoch; `false` when stopped.
@@ -456,13 +368,19 @@ impl<'a, 's> Run<'a, 's> {
         source.as_mut().map_or(Ok(None), |source| evaluate_unless(deployed.as_ref(), source.as_mut(), self.stop))
     }
 
-    fn evaluate_teachers(&mut self) -> Result<()> {
+    /// Refuses bad teachers; `false` when stopped.
+    fn evaluate_teachers(&mut self) -> Result<bool> {
         let data = &mut self.job.data;
         let sources = [(Split::Test, &mut data.test), (Split::Validation, &mut data.validation), (Split::Train, &mut data.plain)];
-        let Some((split, source)) = sources.into_iter().find_map(|(split, source)| Some((split, source.as_mut()?))) else { return Ok(()) };
+        let Some((split, source)) = sources.into_iter().find_map(|(split, source)| Some((split, source.as_mut()?))) else {
+            return Ok(true);
+        };
         let mut evaluations = vec![];
         for teacher in &self.job.teachers {
-            evaluations.push(evaluate(teacher.model.as_ref(), source.as_mut())?);
+            let Some(evaluation) = evaluate_unless(teacher.model.as_ref(), source.as_mut(), self.stop).map_err(Error::early)? else {
+                return Ok(false);
+            };
+            evaluations.push(evaluation);
         }
         for (i, &evaluation) in evaluations.iter().enumerate() {
             let teacher = &self.job.teachers[i];
@@ -475,7 +393,7 @@ impl<'a, 's> Run<'a, 's> {
             }
         }
         self.state.teachers = evaluations;
-        Ok(())
+        Ok(true)
     }
 
     /// Saves everything that the next step depends on.
@@ -644,14 +562,4 @@ fn parts_of(name: String, network: &Arc<dyn Model>, unused: Vec<String>) -> Vec<
             vars.into_iter().enumerate().map(part).collect()
         }
     }
-}
-
-/// The methods' names, numbered where one appears again.
-fn labels(objectives: &[Objective]) -> Vec<String> {
-    let name = |i: usize| objectives[i].method.name();
-    let label = |i| match (0..i).filter(|&j| name(j) == name(i)).count() {
-        0 => name(i).to_string(),
-        earlier => format!("{}-{}", name(i), earlier + 1),
-    };
-    (0..objectives.len()).map(label).collect()
 }

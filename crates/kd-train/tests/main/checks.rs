@@ -3,7 +3,8 @@
 use std::sync::Arc;
 
 use candle_core::{DType, Device, Tensor};
-use kd_core::{Cut, LossTerms, Method, Needs, StepView};
+use kd_core::{Cut, LossTerms, Method, Mode, Model, Needs, StepView};
+use kd_nn::Network;
 use kd_train::{Error, Event, Job, Objective, Outcome, RunOptions, Split, Subject, class_means, evaluate, fingerprint, train};
 
 use crate::support::{CLASSES, Memory, Recipe, oracle, place, tiny_net};
@@ -77,6 +78,53 @@ fn a_silent_loss_leaves_its_own_network_unreached() {
     let mut job = Recipe { methods: vec!["ce", "everything"], ..Recipe::default() }.job(None);
     job.objectives[1].weight = 0.0;
     train(job, &mut [], &Default::default()).unwrap();
+}
+
+/// A loss whose network rests in the first epoch.
+struct Late(Arc<Network>);
+
+impl Method for Late {
+    fn name(&self) -> &'static str {
+        "late"
+    }
+
+    fn needs(&self) -> Needs {
+        Needs { student: vec![Cut::Embedding, Cut::Logits], ..Needs::default() }
+    }
+
+    fn networks(&self) -> Vec<Arc<dyn Model>> {
+        vec![self.0.clone()]
+    }
+
+    fn idle(&self, epoch: usize) -> Vec<usize> {
+        if epoch == 0 { vec![0] } else { vec![] }
+    }
+
+    fn loss(&mut self, step: &StepView<'_>) -> kd_core::Result<LossTerms> {
+        let student = step.student()?;
+        let rows = match step.progress.epoch {
+            0 => student.logits()?.clone(),
+            _ => {
+                let images = &step.batch.images[0];
+                let own = self.0.run(images, Cut::Input, &[Cut::Logits], Mode::Train(step.rng))?;
+                (student.logits()? + own.logits()?)?
+            }
+        };
+        Ok(LossTerms::one("size", rows.sqr()?.mean_all()?))
+    }
+}
+
+#[test]
+fn a_network_that_is_idle_stays_as_it_is() {
+    for (epochs, moves) in [(1, false), (2, true)] {
+        let network = Arc::new(tiny_net(2, DType::F32));
+        let before = fingerprint(network.as_ref()).unwrap();
+        let mut job = Recipe::default().job(None);
+        job.schedule.epochs = epochs;
+        job.objectives = vec![Objective::new(Box::new(Late(network.clone())), 1.0)];
+        train(job, &mut [], &Default::default()).unwrap();
+        assert_eq!(fingerprint(network.as_ref()).unwrap() != before, moves, "after {epochs} epochs");
+    }
 }
 
 #[test]

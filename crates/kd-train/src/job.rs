@@ -1,0 +1,124 @@
+//! What a run is made of, and how it comes back.
+
+use std::sync::Arc;
+
+use candle_core::Tensor;
+use kd_core::schedule::warmup_factor;
+use kd_core::{BatchSource, Method, Model, Schedule};
+
+use crate::Result;
+use crate::config::RunOptions;
+use crate::optim::OptimConfig;
+use crate::parts::{StringMap, fingerprint};
+use crate::run_dir::RunPlace;
+use crate::state::RunResult;
+
+/// Everything a run needs, built.
+pub struct Job {
+    /// The network to train.
+    pub student: Arc<dyn Model>,
+    /// The networks to learn from.
+    pub teachers: Vec<Teacher>,
+    /// The losses; their weighted sum is minimised.
+    pub objectives: Vec<Objective>,
+    /// Images and labels.
+    pub data: Data,
+    /// The optimiser.
+    pub optim: OptimConfig,
+    /// Epochs and learning rate.
+    pub schedule: Schedule,
+    /// Checkpoints, evaluations, checks.
+    pub options: RunOptions,
+    /// Everything random follows from it.
+    pub seed: u64,
+    /// The run directory; `None` writes nothing.
+    pub place: Option<RunPlace>,
+}
+
+/// A frozen network, and what messages call it.
+pub struct Teacher {
+    /// What messages call it.
+    pub name: String,
+    /// The network.
+    pub model: Arc<dyn Model>,
+}
+
+/// A method's part in the loss: `weight * min(1, (epoch + first) / warmup_epochs)` of its terms.
+pub struct Objective {
+    /// The method.
+    pub method: Box<dyn Method>,
+    /// Its factor.
+    pub weight: f64,
+    /// Epochs over which the factor grows; 0: none.
+    pub warmup_epochs: usize,
+    /// What the first epoch counts as in the warm-up.
+    pub warmup_first_epoch: usize,
+}
+
+impl Objective {
+    /// `method` with a weight and no warm-up.
+    pub fn new(method: Box<dyn Method>, weight: f64) -> Self {
+        Self { method, weight, warmup_epochs: 0, warmup_first_epoch: 1 }
+    }
+
+    /// Its factor in an epoch.
+    pub(crate) fn factor(&self, epoch: usize) -> f64 {
+        self.weight * warmup_factor(epoch, self.warmup_epochs, self.warmup_first_epoch)
+    }
+}
+
+/// The data of a run.
+pub struct Data {
+    /// Classes.
+    pub classes: usize,
+    /// Samples of a full batch.
+    pub batch_size: usize,
+    /// The training set, shuffled and augmented by the source.
+    pub train: Box<dyn BatchSource>,
+    /// The training set without augmentation, for class means.
+    pub plain: Option<Box<dyn BatchSource>>,
+    /// Samples held out of the training set: the best student is chosen on them, and exported.
+    pub validation: Option<Box<dyn BatchSource>>,
+    /// The test set. Without a validation split it is evaluated every epoch, and the last student is exported.
+    pub test: Option<Box<dyn BatchSource>>,
+    /// Names the data: a resume must bring the same.
+    pub fingerprint: String,
+    /// `[K,D]`; computed from `plain` when a method needs them and they are not given.
+    pub class_means: Option<Tensor>,
+    /// A group for each class.
+    pub class_groups: Option<Vec<i64>>,
+}
+
+/// How [`train`] returned.
+#[derive(Clone, Debug, PartialEq)]
+pub enum Outcome {
+    /// The run is at its end, now or already before; the student holds the exported weights (where those are the student's own).
+    Finished(Box<RunResult>),
+    /// The stop flag was set; the run directory goes on from here.
+    Interrupted {
+        /// The present epoch, from 0.
+        epoch: usize,
+        /// Steps made.
+        step: usize,
+    },
+}
+
+/// What a resume must find unchanged.
+pub(crate) fn fingerprints(job: &Job) -> Result<StringMap> {
+    let mut all = StringMap::from([("data".to_string(), job.data.fingerprint.clone())]);
+    all.insert("student's start".to_string(), fingerprint(job.student.as_ref())?);
+    for teacher in &job.teachers {
+        all.insert(format!("teacher {}", teacher.name), fingerprint(teacher.model.as_ref())?);
+    }
+    Ok(all)
+}
+
+/// The methods' names, numbered where one appears again.
+pub(crate) fn labels(objectives: &[Objective]) -> Vec<String> {
+    let name = |i: usize| objectives[i].method.name();
+    let label = |i| match (0..i).filter(|&j| name(j) == name(i)).count() {
+        0 => name(i).to_string(),
+        earlier => format!("{}-{}", name(i), earlier + 1),
+    };
+    (0..objectives.len()).map(label).collect()
+}
