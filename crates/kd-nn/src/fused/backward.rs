@@ -4,7 +4,7 @@ use std::sync::Arc;
 
 use kd_core::Result;
 
-use super::forward::{Inputs, Tape, clear, group, nth, subsampled};
+use super::forward::{Inputs, Tape, clear, nth, subsampled};
 use super::plan::{ConvStep, Kind, Step};
 use super::value::{BehindNorm, Grad, Value};
 use crate::graph::{BatchNorm, NodeId};
@@ -407,29 +407,39 @@ impl ConvGrad<'_> {
         let dxs = cut(dx.map_or(&mut [], |d| d.0), shares.iter().map(|s| per(wants_dx, s.images.len() * in_len)));
         let parts: Vec<_> = shares.into_iter().zip(weights).zip(biases.into_iter().zip(dxs)).collect();
         each(parts, |((share, weight), (bias, dx))| {
-            let group = group(conv);
+            let group = conv.group();
             let (x_len, d_len) = (per(weighted, self.inputs.scratch_len(group)), per(!self.direct(), group * conv.grad.len()));
-            scratch(x_len + d_len, |memory| {
-                let (x_pad, d_pad) = memory.split_at_mut(x_len);
+            let product_len = per(weighted, conv.product_len());
+            scratch(x_len + d_len + product_len + conv.work_len(group), |memory| {
+                let (x_pad, memory) = memory.split_at_mut(x_len);
+                let (d_pad, memory) = memory.split_at_mut(d_len);
+                let (product, work) = memory.split_at_mut(product_len);
                 clear(&conv.input, x_pad);
                 clear(&conv.grad, d_pad);
                 for (at, lane) in share.lanes.clone().enumerate() {
                     let images = lanes.lane(lane);
+                    product.fill(0.0);
                     for start in images.clone().step_by(group) {
                         let n = group.min(images.end - start);
                         let d = self.read_grad(start, n, d_pad);
                         if weighted {
                             let x = self.inputs.read(self.level, start, n, in_len, x_pad);
-                            let rows = weight_len / conv.co;
-                            conv.weight_grad(n, x, d, 0..rows, &mut weight[at * weight_len..(at + 1) * weight_len]);
+                            if product_len > 0 {
+                                conv.weight_product(n, x, d, product, work);
+                            } else {
+                                conv.weight_grad(n, x, d, 0..weight_len / conv.co, &mut weight[at * weight_len..(at + 1) * weight_len]);
+                            }
                         }
                         if biased {
                             self.bias(n, d, &mut bias[at * conv.co..(at + 1) * conv.co]);
                         }
                         if let (true, Some(panels)) = (wants_dx, self.panels) {
                             let from = (start - share.images.start) * in_len;
-                            conv.input_grad(n, d, panels, &mut dx[from..from + n * in_len], add);
+                            conv.input_grad(n, d, panels, &mut dx[from..from + n * in_len], add, work);
                         }
+                    }
+                    if product_len > 0 {
+                        conv.finish_weight_grad(product, &mut weight[at * weight_len..(at + 1) * weight_len]);
                     }
                 }
             });
@@ -462,7 +472,12 @@ impl ConvGrad<'_> {
                 self.bias(images.len(), &d[(images.start - start) * d_len..], sums);
             }
             if let (true, Some(panels)) = (wants_dx, self.panels) {
-                conv.input_grad(n, d, panels, dx, add);
+                let group = conv.group();
+                scratch(conv.work_len(group), |work| {
+                    for (d, dx) in d.chunks(group * d_len).zip(dx.chunks_mut(group * in_len)) {
+                        conv.input_grad(dx.len() / in_len, d, panels, dx, add, work);
+                    }
+                });
             }
         });
         let d = match self.grad {

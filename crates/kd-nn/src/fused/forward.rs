@@ -160,8 +160,10 @@ impl Tape {
         let parts: Vec<_> = shares.into_iter().zip(outs).zip(sums).collect();
         each(parts, |((share, out), sums)| {
             let inputs = Inputs { conv, x, lens };
-            let group = group(conv);
-            scratch(inputs.scratch_len(group), |pad| {
+            let group = conv.group();
+            let pad_len = inputs.scratch_len(group);
+            scratch(pad_len + conv.work_len(group), |memory| {
+                let (pad, work) = memory.split_at_mut(pad_len);
                 inputs.clear(pad);
                 for (start, out) in (share.images.start..).step_by(group).zip(out.chunks_mut(group * out_len)) {
                     let n = out.len() / out_len;
@@ -170,7 +172,7 @@ impl Tape {
                         residual: residual.as_ref().map(|r| &r[start * out_len..(start + n) * out_len]),
                         activation: step.activation,
                     };
-                    conv.forward(n, inputs.read(level, start, n, in_len, pad), &packed.forward, out, epilogue);
+                    conv.forward(n, inputs.read(level, start, n, in_len, pad), &packed.forward, out, epilogue, work);
                     for (i, image) in (start..).zip(out.chunks_exact(out_len)) {
                         if let Some(sums) = sums.get_mut(self.lanes.of(i) - share.lanes.start) {
                             sums.add(level, image);
@@ -306,14 +308,6 @@ pub(super) fn nth(x: &[f32], len: usize, i: usize) -> &[f32] {
 pub(super) fn subsampled(from: Shape, stride: usize) -> impl Iterator<Item = usize> {
     let [c, h, w] = from.image;
     (0..h).step_by(stride).flat_map(move |y| (0..w).step_by(stride).map(move |x| (y * w + x) * c))
-}
-
-/// Images that a convolution handles together: few, so that what is made of them stays in the second-level cache; more when its weights
-/// do not, so that these are read less often.
-pub(super) fn group(conv: &Conv) -> usize {
-    let image = conv.input.len() + conv.out_image();
-    let budget = if conv.weight_len() > 128 * 1024 { 256 * 1024 } else { 64 * 1024 };
-    (budget / image).max(1)
 }
 
 /// The input images of a convolution as its kernels read them.

@@ -71,7 +71,7 @@ impl State {
             return Ok(found.clone());
         }
         let wanted: Vec<NodeId> = job.wanted.iter().copied().filter(|&w| w != job.from).collect();
-        let plan = plan::compile(self.level, job.graph, job.from, &key.given, job.piece, &wanted, key.batch)?;
+        let plan = plan::compile(self.level, job.graph, job.from, &key.given, job.piece, &wanted, key.batch, precision == Precision::Fast)?;
         let compiled = Arc::new(Compiled { plan: Arc::new(plan), packs: Packs::default() });
         if plans.len() == PLANS {
             plans.remove(0);

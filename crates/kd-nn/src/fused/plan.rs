@@ -191,6 +191,7 @@ pub(super) fn compile(
     piece: &[NodeId],
     wanted: &[NodeId],
     batch: bool,
+    fast: bool,
 ) -> Result<Plan> {
     let shapes: Vec<Shape> = graph.shapes(from, given, piece)?.iter().map(|s| Shape::of(s)).collect();
     let mut readers = vec![0; shapes.len()];
@@ -200,6 +201,7 @@ pub(super) fn compile(
         graph,
         shapes: &shapes,
         batch,
+        fast,
         private: (0..shapes.len()).map(|id| id != from && readers[id] == 1 && !wanted.contains(&id)).collect(),
         steps: vec![],
         step_of: vec![usize::MAX; shapes.len()],
@@ -228,6 +230,7 @@ struct Compiler<'a> {
     graph: &'a Graph,
     shapes: &'a [Shape],
     batch: bool,
+    fast: bool,
     /// Nodes that one other node of the piece reads and nobody outside.
     private: Vec<bool>,
     steps: Vec<Step>,
@@ -323,7 +326,7 @@ impl Compiler<'_> {
     fn conv(&mut self, id: NodeId, x: NodeId, conv: &Conv2d, [h, w]: [usize; 2]) {
         let step = ConvStep {
             x,
-            conv: Conv::new(self.level, conv, h, w),
+            conv: Conv::new(self.level, conv, h, w, self.fast),
             weight: conv.weight,
             bias: conv.bias,
             fold: None,

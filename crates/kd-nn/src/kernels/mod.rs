@@ -5,6 +5,7 @@
 //! | `vector` | the vector trait and the [`Level`]s: AVX-512, AVX2 with FMA, portable; chosen at run time, `KD_CPU` forces one |
 //! | `tile` | the two register kernels, and the packing of weights for them |
 //! | `conv`, `depthwise` | convolution and its gradients as sweeps of these kernels over padded images |
+//! | `winograd` | 3x3 convolutions of stride 1 with a quarter of the multiplications |
 //! | `norm` | batch norm, and what is done while an image is copied or added |
 //! | `pool`, `elementwise`, `layout` | pooling, functions of one element, moving channels |
 //! | `threads` | who works on which images; sums that do not depend on it |
@@ -20,5 +21,6 @@ pub(crate) mod pool;
 pub(crate) mod threads;
 pub(crate) mod tile;
 mod vector;
+mod winograd;
 
 pub use vector::Level;

@@ -22,8 +22,10 @@ pub(crate) enum Activation {
     Relu6,
 }
 
-/// One tile of `nn`.
+/// One strip of tiles of `nn`, one below the other.
 pub(crate) struct Nn<'a> {
+    /// Tiles.
+    pub tiles: usize,
     /// The first row's input.
     pub x: *const f32,
     /// Floats from one row's input to the next one's.
@@ -82,18 +84,21 @@ impl<const P: usize, const Q: usize> Kernel for NnTile<'_, P, Q> {
         if Q > V::TILE_ROWS.len() || P > V::TILE_ROWS[Q - 1] {
             unreachable!("invariant: tiles fit the registers");
         }
-        // SAFETY: `nn` vouches for the pointers.
-        unsafe { nn_tile::<V, P, Q>(self.0) }
+        for tile in 0..self.0.tiles {
+            // SAFETY: `nn` vouches for the pointers.
+            unsafe { nn_tile::<V, P, Q>(self.0, tile * P) }
+        }
     }
 }
 
 #[inline(always)]
-unsafe fn nn_tile<V: Vector, const P: usize, const Q: usize>(t: &Nn) {
+unsafe fn nn_tile<V: Vector, const P: usize, const Q: usize>(t: &Nn, row: usize) {
+    let (first, out) = (t.x.add(row * t.x_step), t.out.add(row * t.out_step));
     let mut sums = [[V::splat(0.0); Q]; P];
     let mut w = t.w;
     let step = t.x_step;
     for &offset in t.runs {
-        let mut x = t.x.add(offset);
+        let mut x = first.add(offset);
         let end = x.add(t.run);
         while x < end {
             let mut wv = [V::splat(0.0); Q];
@@ -111,7 +116,7 @@ unsafe fn nn_tile<V: Vector, const P: usize, const Q: usize>(t: &Nn) {
         }
     }
     // Pass by pass: one loop with all of this in it is not unrolled, and then the sums are not in registers.
-    let tail = V::first(t.tail);
+    let tail = Tail::<V>::of(t.tail);
     if !t.bias.is_null() {
         for q in 0..Q {
             let bias = load::<V, Q>(t.bias, q, tail);
@@ -123,14 +128,14 @@ unsafe fn nn_tile<V: Vector, const P: usize, const Q: usize>(t: &Nn) {
     if !t.residual.is_null() {
         for p in 0..P {
             for q in 0..Q {
-                sums[p][q] = sums[p][q].add(load::<V, Q>(t.residual.add(p * t.out_step), q, tail));
+                sums[p][q] = sums[p][q].add(load::<V, Q>(t.residual.add((row + p) * t.out_step), q, tail));
             }
         }
     }
     if t.add {
         for p in 0..P {
             for q in 0..Q {
-                sums[p][q] = sums[p][q].add(load::<V, Q>(t.out.add(p * t.out_step), q, tail));
+                sums[p][q] = sums[p][q].add(load::<V, Q>(out.add(p * t.out_step), q, tail));
             }
         }
     }
@@ -148,24 +153,48 @@ unsafe fn nn_tile<V: Vector, const P: usize, const Q: usize>(t: &Nn) {
             }
         }
     }
-    for p in 0..P {
-        for q in 0..Q {
-            store::<V, Q>(sums[p][q], t.out.add(p * t.out_step), q, tail);
-        }
+    store(&sums, out, t.out_step, tail);
+}
+
+/// The last vector of a row.
+#[derive(Clone, Copy)]
+struct Tail<V: Vector> {
+    mask: V::Mask,
+    whole: bool,
+}
+
+impl<V: Vector> Tail<V> {
+    #[inline(always)]
+    fn of(lanes: usize) -> Self {
+        Self { mask: V::first(lanes), whole: lanes == V::LANES }
     }
 }
 
 /// Vector `q` of `Q` behind `p`, the last one masked.
 #[inline(always)]
-unsafe fn load<V: Vector, const Q: usize>(p: *const f32, q: usize, tail: V::Mask) -> V {
+unsafe fn load<V: Vector, const Q: usize>(p: *const f32, q: usize, tail: Tail<V>) -> V {
     let p = p.add(q * V::LANES);
-    if q + 1 == Q { V::load_masked(p, tail) } else { V::load(p) }
+    if q + 1 == Q { V::load_masked(p, tail.mask) } else { V::load(p) }
 }
 
+/// Stores a tile. Masked stores are slow on some CPUs: only where a row ends inside a vector.
 #[inline(always)]
-unsafe fn store<V: Vector, const Q: usize>(v: V, p: *mut f32, q: usize, tail: V::Mask) {
-    let p = p.add(q * V::LANES);
-    if q + 1 == Q { v.store_masked(p, tail) } else { v.store(p) }
+unsafe fn store<V: Vector, const P: usize, const Q: usize>(sums: &[[V; Q]; P], out: *mut f32, step: usize, tail: Tail<V>) {
+    for p in 0..P {
+        for q in 0..Q - 1 {
+            sums[p][q].store(out.add(p * step + q * V::LANES));
+        }
+    }
+    let last = out.add((Q - 1) * V::LANES);
+    if tail.whole {
+        for p in 0..P {
+            sums[p][Q - 1].store(last.add(p * step));
+        }
+    } else {
+        for p in 0..P {
+            sums[p][Q - 1].store_masked(last.add(p * step), tail.mask);
+        }
+    }
 }
 
 struct TnTile<'a, const P: usize, const Q: usize>(&'a Tn);
@@ -185,7 +214,7 @@ impl<const P: usize, const Q: usize> Kernel for TnTile<'_, P, Q> {
 
 #[inline(always)]
 unsafe fn tn_tile<V: Vector, const P: usize, const Q: usize>(t: &Tn) {
-    let tail = V::first(t.tail);
+    let tail = Tail::<V>::of(t.tail);
     let mut sums = [[V::splat(0.0); Q]; P];
     for p in 0..P {
         for q in 0..Q {
@@ -210,11 +239,7 @@ unsafe fn tn_tile<V: Vector, const P: usize, const Q: usize>(t: &Tn) {
             d = d.wrapping_add(t.d_step);
         }
     }
-    for p in 0..P {
-        for q in 0..Q {
-            store::<V, Q>(sums[p][q], t.out.add(p * t.out_step), q, tail);
-        }
-    }
+    store(&sums, t.out, t.out_step, tail);
 }
 
 /// One function per tile size, chosen at run time.
@@ -234,10 +259,10 @@ macro_rules! by_size {
     };
 }
 
-/// Computes a tile of `p` rows and `q` vectors.
+/// Computes tiles of `p` rows and `q` vectors.
 ///
 /// # Safety
-/// Every row's runs, the panel, the outputs, and bias and residual where not null, must be valid; outputs of `p` rows of
+/// Every row's runs, the panel, the outputs, and bias and residual where not null, must be valid; outputs of all rows of
 /// `(q - 1) LANES + tail` floats must be writable and overlap none of the others.
 #[inline(always)]
 pub(crate) unsafe fn nn<V: Vector>(p: usize, q: usize, args: &Nn) {
@@ -260,6 +285,13 @@ pub(crate) fn parts(n: usize, most: usize) -> impl Iterator<Item = (usize, usize
         let start = i * n / count;
         (start, (i + 1) * n / count - start)
     })
+}
+
+/// Cuts `0..n` into nearly equal tiles of at most `most`: (start, size, count) of the taller and the lower ones.
+pub(crate) fn strips(n: usize, most: usize) -> [(usize, usize, usize); 2] {
+    let count = n.div_ceil(most).max(1);
+    let (low, taller) = (n / count, n % count);
+    [(0, low + 1, taller), (taller * (low + 1), low, if low == 0 { 0 } else { count - taller })]
 }
 
 /// A column block of a product: how many vectors from which output on.
@@ -318,6 +350,9 @@ mod tests {
         assert_eq!(parts(32, 12).collect::<Vec<_>>(), [(0, 10), (10, 11), (21, 11)]);
         assert_eq!(parts(7, 6).collect::<Vec<_>>(), [(0, 3), (3, 4)]);
         assert_eq!(parts(0, 6).count(), 0);
+        assert_eq!(strips(32, 12), [(0, 11, 2), (22, 10, 1)]);
+        assert_eq!(strips(16, 16), [(0, 17, 0), (0, 16, 1)]);
+        assert_eq!(strips(0, 4).map(|s| s.2), [0, 0]);
     }
 
     #[test]

@@ -1,0 +1,585 @@
+//! Winograd's F(4x4, 3x3): a 3x3 convolution of stride 1 with a quarter of the multiplications.
+//!
+//! ```text
+//! y = A^T [ (G g G^T) . (B^T d B) ] A        per tile: d 6x6 inputs, g the 3x3 kernel, y 4x4 outputs, . over 36 products
+//! ```
+//!
+//! with the interpolation points 0, 1, -1, 2, -2 and infinity (Lavin and Gray, "Fast Algorithms for Convolutional Neural Networks",
+//! CVPR 2016). Summed over channels, each of the 36 products is a matrix product over all tiles of a group of images, done by the `nn`
+//! register kernel; the input gradient is the same with the kernel flipped and transposed. The weight gradient is the exact adjoint:
+//! `dG = sum over tiles of (B^T d B) . (A dy A^T)`, 36 products by `tn`, and `dg = G^T dG G` at the end.
+//!
+//! The error is that of f32 times the growth of the transforms: about 1e-5 of the largest output where direct sums have 1e-6.
+
+#![allow(unsafe_code, unsafe_op_in_unsafe_fn)]
+#![allow(clippy::needless_range_loop)] // indices of several arrays at once, unrolled by constants
+
+use super::conv::{Epilogue, Padded};
+use super::tile::{self, Activation, Nn, Tn};
+use super::vector::{Kernel, Level, Vector};
+use crate::graph::Conv2d;
+
+/// Outputs of a tile along an axis.
+const TILE: usize = 4;
+/// Inputs of a tile along an axis.
+const REACH: usize = 6;
+/// Products of a tile.
+const POINTS: usize = REACH * REACH;
+/// Floats between the matrices of neighbouring points beside their own: never a power of two apart.
+const GAP: usize = 16;
+
+/// The geometry of one direction.
+#[derive(Clone, Copy, Debug)]
+pub(crate) struct Winograd {
+    pub level: Level,
+    /// Channels read and outputs.
+    pub channels: usize,
+    pub outputs: usize,
+    /// Output size.
+    pub rows: usize,
+    pub cols: usize,
+    /// The images read; they reach [`extent`] rows and columns.
+    pub input: Padded,
+}
+
+/// Rows (or columns) of the padded input that whole tiles of `n` outputs read.
+pub(crate) fn extent(n: usize) -> usize {
+    whole(n) + REACH - TILE
+}
+
+/// `n` rounded up to whole tiles.
+pub(crate) fn whole(n: usize) -> usize {
+    n.next_multiple_of(TILE)
+}
+
+/// Whether a convolution can be done this way and gains by it: enough channels for the products to outweigh the transforms, and tiles
+/// that are not mostly outside the image.
+pub(crate) fn pays(conv: &Conv2d, size: [usize; 2]) -> bool {
+    let filled = |[h, w]: [usize; 2]| 2 * h * w >= whole(h) * whole(w);
+    conv.kernel == [3; 2]
+        && conv.stride == [1; 2]
+        && conv.dilation == [1; 2]
+        && conv.groups == 1
+        && conv.padding.iter().all(|&p| p <= 2)
+        && conv.in_channels.min(conv.out_channels) >= 16
+        && filled(size)
+        && conv.output(size[0], size[1]).is_some_and(filled)
+}
+
+impl Winograd {
+    /// Tiles of an image, down and across.
+    fn tiles(&self) -> [usize; 2] {
+        [self.rows.div_ceil(TILE), self.cols.div_ceil(TILE)]
+    }
+
+    fn count(&self, images: usize) -> usize {
+        let [down, across] = self.tiles();
+        images * down * across
+    }
+
+    /// Floats from one point's matrix of `n` columns to the next one's.
+    fn step(&self, images: usize, n: usize) -> usize {
+        self.count(images) * n + GAP
+    }
+
+    /// Floats of the transformed weight.
+    pub(crate) fn packed_len(&self) -> usize {
+        POINTS * tile::packed_len(self.level, self.outputs, self.channels)
+    }
+
+    /// Floats of work memory for a group of images, forwards or for a weight gradient.
+    pub(crate) fn work_len(&self, images: usize) -> usize {
+        POINTS * (self.step(images, self.channels) + self.step(images, self.outputs))
+    }
+
+    /// Floats of the gradient of the transformed weight.
+    pub(crate) fn product_len(&self) -> usize {
+        POINTS * self.channels * self.outputs
+    }
+
+    /// Transforms a weight `[output][channel][9]`, or with `flip` `[channel][output][9]` turned round, to panels.
+    pub(crate) fn pack(&self, weight: &[f32], flip: bool, panels: &mut [f32]) {
+        assert!(weight.len() == 9 * self.channels * self.outputs && panels.len() == self.packed_len());
+        self.level.run(Pack { w: self, weight, flip, panels });
+    }
+
+    /// Convolves `images` padded images `x` into `out`, overwriting it or adding to it.
+    pub(crate) fn forward(
+        &self,
+        images: usize,
+        x: &[f32],
+        panels: &[f32],
+        out: &mut [f32],
+        epilogue: Epilogue,
+        add: bool,
+        work: &mut [f32],
+    ) {
+        let len = images * self.rows * self.cols * self.outputs;
+        assert!(x.len() >= images * self.input.len() && out.len() >= len && panels.len() == self.packed_len());
+        assert!(epilogue.residual.is_none_or(|r| r.len() >= len) && epilogue.bias.is_none_or(|b| b.len() == self.outputs));
+        let (v, m) = work[..self.work_len(images)].split_at_mut(POINTS * self.step(images, self.channels));
+        self.level.run(Spread::<false> { w: self, images, x, from: self.input, origin: 0, channels: self.channels, v: &mut *v });
+        self.level.run(Products { w: self, rows: self.count(images), v, panels, m: &mut *m });
+        self.level.run(Gather { w: self, images, m, out, epilogue, add });
+    }
+
+    /// Adds to the gradient of the transformed weight, `[point][channel][output]`, from `images` padded inputs and their gradients.
+    pub(crate) fn weight_grad(&self, images: usize, x: &[f32], dy: &[f32], grad: Padded, product: &mut [f32], work: &mut [f32]) {
+        assert!(x.len() >= images * self.input.len() && dy.len() >= images * grad.len() && product.len() == self.product_len());
+        let (v, d) = work[..self.work_len(images)].split_at_mut(POINTS * self.step(images, self.channels));
+        self.level.run(Spread::<false> { w: self, images, x, from: self.input, origin: 0, channels: self.channels, v: &mut *v });
+        self.level.run(Spread::<true> { w: self, images, x: dy, from: grad, origin: grad.origin(), channels: self.outputs, v: &mut *d });
+        self.level.run(Correlate { w: self, rows: self.count(images), v, d, product });
+    }
+
+    /// Adds a gradient of the transformed weight to one of the weight, `[tap][channel][output]`.
+    pub(crate) fn add_product(&self, product: &[f32], dw: &mut [f32]) {
+        let len = self.channels * self.outputs;
+        assert!(product.len() == POINTS * len && dw.len() == 9 * len);
+        self.level.run(Untransform { product, dw, len });
+    }
+}
+
+/// `B^T d`: six inputs to six points.
+#[inline(always)]
+fn input<V: Vector>(d: [V; 6]) -> [V; 6] {
+    let (two, four, five) = (V::splat(2.0), V::splat(4.0), V::splat(5.0));
+    let neg = |v: V| V::splat(0.0).sub(v);
+    let (minus_four, minus_five, minus_two) = (neg(four), neg(five), neg(two));
+    let even = d[4].fma(minus_four, d[2]);
+    let odd = d[3].fma(minus_four, d[1]);
+    let (e, o) = (d[4].sub(d[2]), d[3].sub(d[1]));
+    [
+        d[4].fma(minus_five, d[2]).fma(four, d[0]),
+        even.add(odd),
+        even.sub(odd),
+        e.fma(two, o),
+        e.fma(minus_two, o),
+        d[5].fma(minus_five, d[3]).fma(four, d[1]),
+    ]
+}
+
+/// `A^T m`: six points to four outputs.
+#[inline(always)]
+fn output<V: Vector>(m: [V; 6]) -> [V; 4] {
+    let (sum, difference) = (m[1].add(m[2]), m[1].sub(m[2]));
+    let (sum2, difference2) = (m[3].add(m[4]), m[3].sub(m[4]));
+    [
+        m[0].add(sum).add(sum2),
+        difference.fma(V::splat(2.0), difference2),
+        sum.fma(V::splat(4.0), sum2),
+        difference.fma(V::splat(8.0), difference2).add(m[5]),
+    ]
+}
+
+/// `A y`: four gradients of outputs to six points.
+#[inline(always)]
+fn gradient<V: Vector>(y: [V; 4]) -> [V; 6] {
+    let (even, odd) = (y[0].add(y[2]), y[1].add(y[3]));
+    let even2 = y[0].fma(V::splat(4.0), y[2]);
+    let odd2 = y[1].add(y[1]).fma(V::splat(8.0), y[3]);
+    [y[0], even.add(odd), even.sub(odd), even2.add(odd2), even2.sub(odd2), y[3]]
+}
+
+/// `G g`: three taps to six points.
+#[inline(always)]
+fn kernel<V: Vector>(g: [V; 3]) -> [V; 6] {
+    let sixth = V::splat(-1.0 / 6.0);
+    let sum = g[0].add(g[2]);
+    let outer = g[0].mul(V::splat(1.0 / 24.0)).fma(V::splat(1.0 / 6.0), g[2]);
+    let middle = g[1].mul(V::splat(1.0 / 12.0));
+    [g[0].mul(V::splat(0.25)), sum.add(g[1]).mul(sixth), sum.sub(g[1]).mul(sixth), outer.add(middle), outer.sub(middle), g[2]]
+}
+
+/// `G^T p`: six points to three taps.
+#[inline(always)]
+fn taps<V: Vector>(p: [V; 6]) -> [V; 3] {
+    let (sum, difference) = (p[1].add(p[2]), p[1].sub(p[2]));
+    let (sum2, difference2) = (p[3].add(p[4]), p[3].sub(p[4]));
+    let (sixth, twelfth, twentyfourth) = (V::splat(1.0 / 6.0), V::splat(1.0 / 12.0), V::splat(1.0 / 24.0));
+    [
+        p[0].mul(V::splat(0.25)).fma(V::splat(-1.0 / 6.0), sum).fma(twentyfourth, sum2),
+        difference2.mul(twelfth).fma(V::splat(-1.0 / 6.0), difference),
+        p[5].fma(V::splat(-1.0 / 6.0), sum).fma(sixth, sum2),
+    ]
+}
+
+/// Vectors of channels: the first one's number and mask, whole ones apart from the last.
+#[inline(always)]
+fn vectors<V: Vector>(channels: usize) -> impl Iterator<Item = (usize, usize)> {
+    (0..channels).step_by(V::LANES).map(move |c| (c, (channels - c).min(V::LANES)))
+}
+
+#[inline(always)]
+unsafe fn get<V: Vector, const WHOLE: bool>(p: *const f32, mask: V::Mask) -> V {
+    if WHOLE { V::load(p) } else { V::load_masked(p, mask) }
+}
+
+#[inline(always)]
+unsafe fn put<V: Vector, const WHOLE: bool>(v: V, p: *mut f32, mask: V::Mask) {
+    if WHOLE { v.store(p) } else { v.store_masked(p, mask) }
+}
+
+/// Tiles of images to points: `v[point][tile][channel]`, `B^T d B` of inputs or (`GRAD`) `A y A^T` of gradients.
+struct Spread<'a, const GRAD: bool> {
+    w: &'a Winograd,
+    images: usize,
+    x: &'a [f32],
+    from: Padded,
+    /// Where the first tile begins in an image.
+    origin: usize,
+    channels: usize,
+    v: &'a mut [f32],
+}
+
+impl<const GRAD: bool> Kernel for Spread<'_, GRAD> {
+    type Output = ();
+
+    #[inline(always)]
+    fn run<V: Vector>(self) {
+        let [down, across] = self.w.tiles();
+        let step = self.w.step(self.images, self.channels);
+        let v = self.v.as_mut_ptr();
+        let mut tile = 0;
+        for image in 0..self.images {
+            for ty in 0..down {
+                for tx in 0..across {
+                    let from = image * self.from.len() + self.origin + TILE * (ty * self.from.row() + tx * self.channels);
+                    for (c, lanes) in vectors::<V>(self.channels) {
+                        // SAFETY: `Conv` gives padded images that hold whole tiles, and `work_len` floats for all tiles' points.
+                        unsafe {
+                            let (x, v) = (self.x.as_ptr().add(from + c), v.add(tile * self.channels + c));
+                            let steps = [self.from.row(), self.channels, step];
+                            if lanes == V::LANES {
+                                spread::<V, GRAD, true>(x, v, steps, V::first(lanes));
+                            } else {
+                                spread::<V, GRAD, false>(x, v, steps, V::first(lanes));
+                            }
+                        }
+                    }
+                    tile += 1;
+                }
+            }
+        }
+    }
+}
+
+#[inline(always)]
+unsafe fn spread<V: Vector, const GRAD: bool, const WHOLE: bool>(x: *const f32, v: *mut f32, [row, col, step]: [usize; 3], mask: V::Mask) {
+    let at = |y: usize, i: usize| get::<V, WHOLE>(x.add(y * row + i * col), mask);
+    let mut half = [[V::splat(0.0); 6]; 6];
+    if GRAD {
+        for i in 0..4 {
+            let points = gradient([at(0, i), at(1, i), at(2, i), at(3, i)]);
+            for y in 0..6 {
+                half[y][i] = points[y];
+            }
+        }
+    } else {
+        for i in 0..6 {
+            let points = input([at(0, i), at(1, i), at(2, i), at(3, i), at(4, i), at(5, i)]);
+            for y in 0..6 {
+                half[y][i] = points[y];
+            }
+        }
+    }
+    for y in 0..6 {
+        let h = half[y];
+        let points = if GRAD { gradient([h[0], h[1], h[2], h[3]]) } else { input(h) };
+        for i in 0..6 {
+            put::<V, WHOLE>(points[i], v.add((y * 6 + i) * step), mask);
+        }
+    }
+}
+
+/// The 36 products: `m[point] = v[point] panels[point]`.
+struct Products<'a> {
+    w: &'a Winograd,
+    /// Tiles.
+    rows: usize,
+    v: &'a [f32],
+    panels: &'a [f32],
+    m: &'a mut [f32],
+}
+
+impl Kernel for Products<'_> {
+    type Output = ();
+
+    #[inline(always)]
+    fn run<V: Vector>(self) {
+        let (channels, outputs) = (self.w.channels, self.w.outputs);
+        let (v_step, m_step) = (self.rows * channels + GAP, self.rows * outputs + GAP);
+        let (mut panel, m) = (self.panels, self.m.as_mut_ptr());
+        for point in 0..POINTS {
+            for block in tile::blocks(self.w.level, outputs) {
+                let (own, rest) = panel.split_at(channels * block.vectors * V::LANES);
+                panel = rest;
+                for (row, p, tiles) in tile::strips(self.rows, V::TILE_ROWS[block.vectors - 1]) {
+                    let args = Nn {
+                        tiles,
+                        x: self.v[point * v_step + row * channels..].as_ptr(),
+                        x_step: channels,
+                        runs: &[0],
+                        run: channels,
+                        w: own.as_ptr(),
+                        // SAFETY: inside the point's matrix.
+                        out: unsafe { m.add(point * m_step + row * outputs + block.start) },
+                        out_step: outputs,
+                        tail: block.tail,
+                        bias: std::ptr::null(),
+                        residual: std::ptr::null(),
+                        activation: Activation::None,
+                        add: false,
+                    };
+                    if tiles > 0 {
+                        // SAFETY: `rows` rows of `channels` and `outputs` floats lie behind each point, and a panel in `own`.
+                        unsafe { tile::nn::<V>(p, block.vectors, &args) };
+                    }
+                }
+            }
+        }
+    }
+}
+
+/// Points to images: `A^T m A`, and what follows a convolution.
+struct Gather<'a> {
+    w: &'a Winograd,
+    images: usize,
+    m: &'a [f32],
+    out: &'a mut [f32],
+    epilogue: Epilogue<'a>,
+    add: bool,
+}
+
+impl Kernel for Gather<'_> {
+    type Output = ();
+
+    #[inline(always)]
+    fn run<V: Vector>(self) {
+        let w = self.w;
+        let [down, across] = w.tiles();
+        let step = w.step(self.images, w.outputs);
+        let out = self.out.as_mut_ptr();
+        let mut tile = 0;
+        for image in 0..self.images {
+            for ty in 0..down {
+                for tx in 0..across {
+                    let to = ((image * w.rows + TILE * ty) * w.cols + TILE * tx) * w.outputs;
+                    let size = [(w.rows - TILE * ty).min(TILE), (w.cols - TILE * tx).min(TILE)];
+                    for (c, lanes) in vectors::<V>(w.outputs) {
+                        let at = |x: Option<&[f32]>, i: usize| x.map_or(std::ptr::null(), |x| x[i..].as_ptr());
+                        // SAFETY: `forward` checked output and residual; the points of every tile lie in `m`.
+                        unsafe {
+                            let place = Place {
+                                m: self.m.as_ptr().add(tile * w.outputs + c),
+                                step,
+                                out: out.add(to + c),
+                                row: w.cols * w.outputs,
+                                col: w.outputs,
+                                size,
+                                bias: at(self.epilogue.bias, c),
+                                residual: at(self.epilogue.residual, to + c),
+                                activation: self.epilogue.activation,
+                                add: self.add,
+                            };
+                            if lanes == V::LANES && size == [TILE; 2] {
+                                gather::<V, true>(&place, V::first(lanes));
+                            } else {
+                                gather::<V, false>(&place, V::first(lanes));
+                            }
+                        }
+                    }
+                    tile += 1;
+                }
+            }
+        }
+    }
+}
+
+/// One vector of channels of a tile's outputs.
+struct Place {
+    m: *const f32,
+    step: usize,
+    out: *mut f32,
+    row: usize,
+    col: usize,
+    /// Outputs inside the image.
+    size: [usize; 2],
+    bias: *const f32,
+    residual: *const f32,
+    activation: Activation,
+    add: bool,
+}
+
+#[inline(always)]
+unsafe fn gather<V: Vector, const WHOLE: bool>(t: &Place, mask: V::Mask) {
+    let mut half = [[V::splat(0.0); 6]; 4];
+    for i in 0..6 {
+        let at = |y: usize| get::<V, WHOLE>(t.m.add((y * 6 + i) * t.step), mask);
+        let points = output([at(0), at(1), at(2), at(3), at(4), at(5)]);
+        for y in 0..4 {
+            half[y][i] = points[y];
+        }
+    }
+    let bias = if t.bias.is_null() { V::splat(0.0) } else { get::<V, WHOLE>(t.bias, mask) };
+    for y in 0..4 {
+        if !WHOLE && y >= t.size[0] {
+            return;
+        }
+        let points = output(half[y]);
+        for i in 0..4 {
+            if !WHOLE && i >= t.size[1] {
+                break;
+            }
+            let at = y * t.row + i * t.col;
+            let mut v = points[i].add(bias);
+            if !t.residual.is_null() {
+                v = v.add(get::<V, WHOLE>(t.residual.add(at), mask));
+            }
+            if t.add {
+                v = v.add(get::<V, WHOLE>(t.out.add(at), mask));
+            }
+            if t.activation != Activation::None {
+                v = v.relu();
+            }
+            if t.activation == Activation::Relu6 {
+                v = v.min(V::splat(6.0));
+            }
+            put::<V, WHOLE>(v, t.out.add(at), mask);
+        }
+    }
+}
+
+/// The 36 products of a weight gradient: `product[point] += v[point]^T d[point]`.
+struct Correlate<'a> {
+    w: &'a Winograd,
+    /// Tiles.
+    rows: usize,
+    v: &'a [f32],
+    d: &'a [f32],
+    product: &'a mut [f32],
+}
+
+impl Kernel for Correlate<'_> {
+    type Output = ();
+
+    #[inline(always)]
+    fn run<V: Vector>(self) {
+        let (channels, outputs) = (self.w.channels, self.w.outputs);
+        let (v_step, d_step) = (self.rows * channels + GAP, self.rows * outputs + GAP);
+        let product = self.product.as_mut_ptr();
+        for point in 0..POINTS {
+            for block in tile::blocks(self.w.level, outputs) {
+                for (c, p) in tile::parts(channels, V::TILE_ROWS[block.vectors - 1]) {
+                    let args = Tn {
+                        x: self.v[point * v_step + c..].as_ptr(),
+                        x_step: channels,
+                        x_row: 0,
+                        d: self.d[point * d_step + block.start..].as_ptr(),
+                        d_step: outputs,
+                        d_row: 0,
+                        rows: 1,
+                        cols: self.rows,
+                        // SAFETY: inside the point's product.
+                        out: unsafe { product.add((point * channels + c) * outputs + block.start) },
+                        out_step: outputs,
+                        tail: block.tail,
+                    };
+                    // SAFETY: `rows` rows of `channels` and `outputs` floats lie behind each point.
+                    unsafe { tile::tn::<V>(p, block.vectors, &args) };
+                }
+            }
+        }
+    }
+}
+
+/// `G g G^T` of every kernel, into panels.
+struct Pack<'a> {
+    w: &'a Winograd,
+    weight: &'a [f32],
+    flip: bool,
+    panels: &'a mut [f32],
+}
+
+impl Kernel for Pack<'_> {
+    type Output = ();
+
+    #[inline(always)]
+    fn run<V: Vector>(self) {
+        let (channels, outputs) = (self.w.channels, self.w.outputs);
+        let (o_step, c_step) = if self.flip { (9, outputs * 9) } else { (channels * 9, 9) };
+        let point_len = tile::packed_len(self.w.level, outputs, channels);
+        let mut at = 0;
+        for block in tile::blocks(self.w.level, outputs) {
+            for c in 0..channels {
+                for q in 0..block.vectors {
+                    let first = block.start + q * V::LANES;
+                    let lanes = (outputs - first).min(V::LANES);
+                    let mut g = [[0.0f32; 16]; 9];
+                    for o in 0..lanes {
+                        let own = &self.weight[(first + o) * o_step + c * c_step..][..9];
+                        for t in 0..9 {
+                            g[t][o] = own[if self.flip { 8 - t } else { t }];
+                        }
+                    }
+                    // SAFETY: rows of 16 floats hold a vector; the panels of all points hold a vector at `at`.
+                    unsafe {
+                        let tap = |t: usize| V::load(g[t].as_ptr());
+                        let mut half = [[V::splat(0.0); 3]; 6];
+                        for i in 0..3 {
+                            let points = kernel([tap(i), tap(3 + i), tap(6 + i)]);
+                            for y in 0..6 {
+                                half[y][i] = points[y];
+                            }
+                        }
+                        for y in 0..6 {
+                            let points = kernel(half[y]);
+                            for i in 0..6 {
+                                points[i].store(self.panels[(y * 6 + i) * point_len + at..][..V::LANES].as_mut_ptr());
+                            }
+                        }
+                    }
+                    at += V::LANES;
+                }
+            }
+        }
+    }
+}
+
+/// `dw += G^T product G` of every kernel.
+struct Untransform<'a> {
+    product: &'a [f32],
+    dw: &'a mut [f32],
+    /// Floats of one point or tap.
+    len: usize,
+}
+
+impl Kernel for Untransform<'_> {
+    type Output = ();
+
+    #[inline(always)]
+    fn run<V: Vector>(self) {
+        let dw = self.dw.as_mut_ptr();
+        for (at, lanes) in vectors::<V>(self.len) {
+            let mask = V::first(lanes);
+            // SAFETY: `add_product` checked that every point and tap has `len` floats.
+            unsafe {
+                let mut half = [[V::splat(0.0); 6]; 3];
+                for i in 0..6 {
+                    let point = |y: usize| V::load_masked(self.product.as_ptr().add((y * 6 + i) * self.len + at), mask);
+                    let found = taps([point(0), point(1), point(2), point(3), point(4), point(5)]);
+                    for y in 0..3 {
+                        half[y][i] = found[y];
+                    }
+                }
+                for y in 0..3 {
+                    let found = taps(half[y]);
+                    for i in 0..3 {
+                        let to = dw.add((y * 3 + i) * self.len + at);
+                        V::load_masked(to, mask).add(found[i]).store_masked(to, mask);
+                    }
+                }
+            }
+        }
+    }
+}
