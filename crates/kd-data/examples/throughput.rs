@@ -1,5 +1,6 @@
 //! How many augmented images a second the loader makes, against how long a consumer that does nothing waits for them:
-//! `cargo run --release -p kd-data --example throughput -- [SOURCE] [THREADS]` (default: 50,000 random images of CIFAR's size, 1 thread).
+//! `cargo run --release -p kd-data --example throughput -- [SOURCE] [THREADS] [AUGMENTATION ..]`
+//! (default: 50,000 random images of CIFAR's size, 1 thread, `pad-crop:4 flip`). Images in files are decoded anew in each epoch.
 #![allow(clippy::print_stdout)]
 
 use std::sync::Arc;
@@ -15,7 +16,11 @@ fn main() -> Result<(), Box<dyn std::error::Error>> {
         Some(spec) => kd_data::open(spec)?.train()?.clone(),
     };
     let threads = arguments.next().map_or(Ok(1), |n| n.parse())?;
-    let options = LoaderOptions { threads, augment: vec![Pipeline::parse(&["pad-crop:4", "flip"])?], ..LoaderOptions::default() };
+    let mut augment: Vec<String> = arguments.collect();
+    if augment.is_empty() {
+        augment = vec!["pad-crop:4".to_string(), "flip".to_string()];
+    }
+    let options = LoaderOptions { threads, cache_bytes: 0, augment: vec![Pipeline::parse(&augment)?], ..LoaderOptions::default() };
     let mut loader = Loader::train(&data, &options)?;
     for epoch in 0..3 {
         let start = Instant::now();

@@ -14,13 +14,12 @@ const MAX_SIDE: u32 = 16_384;
 const MAX_PIXELS: u64 = 100_000_000;
 
 fn decoder<'a>(path: &Path, bytes: &'a [u8]) -> Result<impl ImageDecoder + 'a> {
-    let reader = ImageReader::new(Cursor::new(bytes)).with_guessed_format().map_err(Error::io(path))?;
+    let mut reader = ImageReader::new(Cursor::new(bytes)).with_guessed_format().map_err(Error::io(path))?;
     if reader.format().is_none() {
         return Err(Error::corrupt(path, "not an image: expected png, jpeg or webp"));
     }
     let mut limits = Limits::default();
     (limits.max_image_width, limits.max_image_height) = (Some(MAX_SIDE), Some(MAX_SIDE));
-    let mut reader = reader;
     reader.limits(limits);
     let decoder = reader.into_decoder().map_err(|e| Error::corrupt(path, format!("not readable as an image: {e}")))?;
     let (width, height) = decoder.dimensions();
@@ -46,7 +45,7 @@ pub(crate) fn decode(path: &Path, bytes: &[u8], into: &mut Image) -> Result<()> 
     into.data.clear();
     into.data.reserve(rgb.len());
     for channel in 0..3 {
-        into.data.extend(rgb.iter().skip(channel).step_by(3));
+        into.data.extend(rgb.chunks_exact(3).map(|pixel| pixel[channel]));
     }
     Ok(())
 }

@@ -14,14 +14,11 @@
 
 use std::collections::{BTreeMap, BTreeSet};
 use std::path::Path;
-use std::sync::Arc;
 
-use kd_core::Rng;
-
-use crate::files::Files;
+use crate::files::{Labelled, Layout, imagenet_normalise};
 use crate::registry::SourceEntry;
 use crate::root::{Entry, Root};
-use crate::{Dataset, Error, Info, Normalise, Result, Splits, select};
+use crate::{Error, Result, Splits};
 
 pub(crate) const ENTRY: SourceEntry = SourceEntry {
     name: "imagefolder",
@@ -32,74 +29,14 @@ pub(crate) const ENTRY: SourceEntry = SourceEntry {
 };
 
 const EXTENSIONS: [&str; 4] = ["png", "jpg", "jpeg", "webp"];
-/// Share of each class that is held out where there is no test set.
-const HELD_OUT: f64 = 0.2;
-
-/// What brings images of different sizes to the one that [`Info::shape`] then states.
-pub(crate) fn to_default_size() -> [&'static str; 2] {
-    ["resize:256", "center-crop:224"]
-}
-const DEFAULT_SIZE: [usize; 2] = [224, 224];
-
-/// ImageNet's.
-pub(crate) fn imagenet_normalise() -> Normalise {
-    Normalise::new(&[0.485, 0.456, 0.406], &[0.229, 0.224, 0.225])
-}
-
-/// Files and the class of each.
-pub(crate) type Labelled = Vec<(Entry, u32)>;
-
-/// Image files of a data set, by split.
-#[derive(Default)]
-pub(crate) struct Layout {
-    pub(crate) class_names: Vec<String>,
-    pub(crate) train: Labelled,
-    pub(crate) validation: Option<Labelled>,
-    /// Without it, a part of the training set is held out.
-    pub(crate) test: Option<Labelled>,
-}
-
-impl Layout {
-    pub(crate) fn open(self, name: &str, normalise: Normalise, root: Root) -> Result<Splits> {
-        let root = Arc::new(root);
-        let files = |list: Labelled| -> Result<(Files, Vec<u32>)> {
-            let (entries, labels) = list.into_iter().unzip();
-            Ok((Files::new(root.clone(), entries)?, labels))
-        };
-        let (train, validation, test) = (files(self.train)?, self.validation.map(files).transpose()?, self.test.map(files).transpose()?);
-        let first = train.0.size();
-        let one_size = [&validation, &test].into_iter().flatten().all(|(files, _)| files.size() == first);
-        let size = first.filter(|_| one_size).unwrap_or(DEFAULT_SIZE);
-        let shape = [3, size[0], size[1]];
-        let info = Arc::new(Info { name: name.to_string(), shape, class_names: self.class_names, normalise, groups: None });
-        let set = |(files, labels)| Dataset::from_files(info.clone(), files, labels);
-        let (train, validation, test) = (set(train)?, validation.map(set).transpose()?, test.map(set).transpose()?);
-        let mut notes = vec![];
-        let (train, test) = match test {
-            Some(test) => (train, test),
-            None => {
-                let (train, held) = select::split(&train, HELD_OUT, Rng::new(0).named("test"));
-                notes.push(format!(
-                    "no test images: {} of {} training images, a fifth of each class, are held out as the test set",
-                    held.len(),
-                    train.len() + held.len()
-                ));
-                (train, held)
-            }
-        };
-        let test = if test.is_empty() { Err("no class has enough images to hold one out".to_string()) } else { Ok(test) };
-        Ok(Splits { info, train: Ok(train), validation, test, notes })
-    }
-}
 
 fn open(path: &str) -> Result<Splits> {
     let root = Root::open(Path::new(path))?;
-    let layout = layout(&root, root.list()?)?;
-    layout.open("imagefolder", imagenet_normalise(), root)
+    layout(&root, root.list()?)?.open("imagefolder", imagenet_normalise(), root)
 }
 
 /// Whether a name is an image's.
-pub(crate) fn is_image(name: &str) -> bool {
+fn is_image(name: &str) -> bool {
     let extension = name.rsplit_once('.').map(|(_, e)| e.to_ascii_lowercase());
     extension.is_some_and(|e| EXTENSIONS.contains(&e.as_str()))
 }

@@ -2,7 +2,7 @@
 //!
 //! | module | holds |
 //! |---|---|
-//! | [`registry`] | the sources ([`open`]): `digits` (embedded), `cifar10:DIR`, `cifar100:DIR`, `cifar100-coarse:DIR`, `imagefolder:PATH` |
+//! | [`registry`] | the sources ([`open`]): `digits` (embedded), CIFAR, MNIST, STL-10, Tiny ImageNet, CUB-200-2011, Stanford Cars, and `imagefolder:PATH` for your own |
 //! | [`dataset`] | [`Dataset`]: images and labels; [`Splits`]; [`Info`] |
 //! | [`select`] | [`Options`]: validation split, class-balanced training subset, label noise |
 //! | [`transforms`] | [`Pipeline`]: augmentation written as strings, one file a transform |
@@ -26,18 +26,24 @@
 //! ```
 
 mod cifar;
+mod cub;
 pub mod dataset;
 mod decode;
 mod digits;
 pub mod error;
 mod files;
 mod folder;
+mod idx;
 pub mod image;
 pub mod loader;
+mod published;
 pub mod registry;
 mod resize;
 mod root;
 pub mod select;
+mod stanford_cars;
+mod stl10;
+mod tiny_imagenet;
 pub mod transforms;
 
 pub use dataset::{Dataset, Info, Normalise, Splits};

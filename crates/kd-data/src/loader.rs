@@ -19,6 +19,7 @@ use candle_core::{DType, Device, Tensor, WithDType};
 use kd_core::{Batch, BatchSource, Rng};
 use rayon::prelude::*;
 
+use crate::files::TO_DEFAULT_SIZE;
 use crate::{Dataset, Error, Image, Normalise, Pipeline, Result};
 
 /// How a [`Loader`] makes batches.
@@ -178,7 +179,7 @@ fn to_one_size(list: Pipeline, data: &Dataset) -> Result<(Pipeline, [usize; 2])>
         return Err(Error::option("augment", "images that still differ in size", "a list with `center-crop:N` or `random-resized-crop:N`"));
     }
     let size = [data.info().shape[1], data.info().shape[2]];
-    let list = list.after(&Pipeline::parse(&crate::folder::to_default_size())?);
+    let list = list.after(&Pipeline::parse(&TO_DEFAULT_SIZE)?);
     let size = list.size(Some(size))?.unwrap_or(size);
     Ok((list, size))
 }

@@ -1,6 +1,6 @@
 //! Every data source by name.
 
-use crate::{Error, Result, Splits, cifar, digits, folder};
+use crate::{Error, Result, Splits, cifar, cub, digits, folder, idx, stanford_cars, stl10, tiny_imagenet};
 
 /// A source that [`open`] knows.
 #[derive(Debug, serde::Serialize)]
@@ -19,7 +19,19 @@ pub struct SourceEntry {
 }
 
 /// Every source, in the order of listings.
-pub const SOURCES: &[SourceEntry] = &[digits::ENTRY, cifar::CIFAR10, cifar::CIFAR100, cifar::CIFAR100_COARSE, folder::ENTRY];
+pub const SOURCES: &[SourceEntry] = &[
+    digits::ENTRY,
+    cifar::CIFAR10,
+    cifar::CIFAR100,
+    cifar::CIFAR100_COARSE,
+    folder::ENTRY,
+    idx::MNIST,
+    idx::FASHION,
+    stl10::ENTRY,
+    tiny_imagenet::ENTRY,
+    cub::ENTRY,
+    stanford_cars::ENTRY,
+];
 
 /// Opens the source that `spec` names: `NAME` or `NAME:ARGUMENT`. Paths are taken as they stand, relative to the current directory;
 /// nothing reaches for the network or a home directory.

@@ -192,6 +192,18 @@ fn images_of_many_sizes_become_one() {
 }
 
 #[test]
+fn sets_of_different_sizes_still_agree() {
+    let dir = tempfile::tempdir().unwrap();
+    for class in ["a", "b"] {
+        save(dir.path(), &format!("train/{class}/0.png"), [8, 8], 0);
+        save(dir.path(), &format!("test/{class}/0.png"), [9, 8], 0);
+    }
+    let splits = open(dir.path()).unwrap();
+    let shape = |set: &Dataset| Loader::eval(set, &LoaderOptions::default()).unwrap().shape();
+    assert_eq!([shape(splits.train().unwrap()), shape(splits.test().unwrap()), splits.info.shape], [[3, 224, 224]; 3]);
+}
+
+#[test]
 fn the_cache_changes_nothing() {
     let dir = tempfile::tempdir().unwrap();
     tree(dir.path(), 9, |i| [20 + u32::from(i % 3), 24]);

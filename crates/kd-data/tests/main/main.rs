@@ -4,6 +4,7 @@ mod cifar;
 mod digits;
 mod folder;
 mod loader;
+mod published;
 mod select;
 mod support;
 mod transforms;
