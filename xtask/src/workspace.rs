@@ -11,9 +11,9 @@ pub(crate) fn root() -> &'static Path {
     Path::new(env!("CARGO_MANIFEST_DIR")).parent().expect("invariant: xtask/ stands in the workspace root")
 }
 
-/// The cargo that built this program, at work in the workspace root.
+/// cargo, at work in the workspace root. By its name, so that rustup keeps the toolchain for the compilers that it starts.
 pub(crate) fn cargo() -> Command {
-    let mut command = Command::new(env!("CARGO"));
+    let mut command = Command::new("cargo");
     command.current_dir(root());
     command
 }
