@@ -30,13 +30,17 @@ impl Element {
         }
     }
 
-    /// Bytes of a tensor of this type; `None` beyond what memory can address.
+    /// Bytes of a tensor of this type; `None` beyond what memory can address, which a dimension of 0 does not hide.
     pub(crate) fn bytes(self, shape: &[usize]) -> Option<usize> {
-        shape.iter().try_fold(self.size(), |n, &d| n.checked_mul(d))
+        let bytes = shape.iter().try_fold(self.size(), |n, &d| n.checked_mul(d.max(1))).filter(|&n| isize::try_from(n).is_ok())?;
+        Some(if shape.contains(&0) { 0 } else { bytes })
     }
 
     /// The tensor of `shape` whose row-major little-endian bytes these are.
     pub(crate) fn decode(self, bytes: &[u8], shape: &[usize]) -> candle_core::Result<Tensor> {
+        if self.bytes(shape) != Some(bytes.len()) {
+            candle_core::bail!("{} bytes for a shape of {shape:?}", bytes.len());
+        }
         let plain = |dtype| Tensor::from_raw_buffer(bytes, dtype, shape, &Device::Cpu);
         match self {
             Self::Bool | Self::U8 => plain(DType::U8),

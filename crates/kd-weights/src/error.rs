@@ -1,8 +1,6 @@
-//! What can be wrong with weights.
+//! What can be wrong with weights, in which file, and what would be right.
 
 use std::path::PathBuf;
-
-use crate::Report;
 
 /// Result with this crate's [`Error`].
 pub type Result<T, E = Error> = std::result::Result<T, E>;
@@ -19,68 +17,82 @@ pub enum Error {
         /// Why.
         source: std::io::Error,
     },
-    /// A file whose content was refused.
-    #[error("{}: {source}", path.display())]
-    File {
+    /// A file of no known format.
+    #[error("{}: not a weight file: begins with \"{begins}\"; expected {known}", path.display())]
+    Format {
         /// The file.
         path: PathBuf,
-        /// Why.
-        source: Box<Error>,
-    },
-    /// A content of no known format.
-    #[error("not a weight file: it begins with {start}; known are {known}")]
-    Unknown {
         /// Its first bytes.
-        start: String,
+        begins: String,
         /// The formats.
         known: String,
     },
-    /// A content that contradicts its format or a limit.
-    #[error("{format}: {why}")]
-    Damaged {
-        /// The format it begins like.
-        format: &'static str,
-        /// What is wrong, and where.
+    /// A file that does not hold what its format says, or more than a weight file has.
+    #[error("{}: {why}", path.display())]
+    Corrupt {
+        /// The file.
+        path: PathBuf,
+        /// What is wrong, where, and what would be right.
         why: String,
     },
-    /// Weights that do not fit the network.
-    #[error("{0}")]
-    Mismatch(Box<Report>),
-    /// A prefix that no name begins with.
-    #[error("no tensor's name begins with `{prefix}`; the first is `{first}`")]
-    Prefix {
-        /// What was asked for.
-        prefix: String,
-        /// A name that is there.
-        first: String,
+    /// Weights of another network.
+    #[error(transparent)]
+    Mismatch(Box<Mismatch>),
+    /// NaN or infinity among the weights.
+    #[error("{}: `{tensor}` holds {value} at flat index {index}; weights must be finite", path.display())]
+    NonFinite {
+        /// The file.
+        path: PathBuf,
+        /// The network's name of the tensor.
+        tensor: String,
+        /// The first such value, in the network's type.
+        value: f64,
+        /// Where it stands.
+        index: usize,
     },
-    /// Values that are not finite, and errors of the network.
-    #[error(transparent)]
-    Core(#[from] kd_core::Error),
-    /// An error of candle.
-    #[error(transparent)]
-    Candle(#[from] candle_core::Error),
-    /// Metadata that could not be written.
-    #[error("metadata: {0}")]
-    Json(#[from] serde_json::Error),
+    /// A network that did not take the weights.
+    #[error("{}: {source}", path.display())]
+    Load {
+        /// The file.
+        path: PathBuf,
+        /// Why.
+        source: kd_core::Error,
+    },
 }
 
-impl Error {
-    pub(crate) fn unknown(bytes: &[u8]) -> Self {
-        let start = match bytes {
-            [] => "nothing (it is empty)".to_string(),
-            _ => bytes.iter().take(8).map(|b| format!("{b:02x}")).collect::<Vec<_>>().join(" "),
-        };
-        Self::Unknown { start, known: crate::formats().iter().map(|f| f.about).collect::<Vec<_>>().join(", ") }
-    }
+/// Every key that keeps weights from fitting a network.
+#[derive(thiserror::Error, Clone, Debug, PartialEq, Eq)]
+#[error(
+    "{}: not the weights of {network} (keys read as {mapping}){}{}{}",
+    path.display(),
+    list("missing", missing.iter().cloned()),
+    list("unexpected", unexpected.iter().cloned()),
+    list("of another shape", misshaped.iter().map(|(name, found, wanted)| format!("{name} {found:?} instead of {wanted:?}")))
+)]
+#[non_exhaustive]
+pub struct Mismatch {
+    /// The file.
+    pub path: PathBuf,
+    /// The network's name.
+    pub network: String,
+    /// How the file's keys were understood.
+    pub mapping: &'static str,
+    /// Parameters and statistics of the network that the file does not have.
+    pub missing: Vec<String>,
+    /// The file's own names of tensors that the network does not have.
+    pub unexpected: Vec<String>,
+    /// The network's name, the file's shape, the network's shape.
+    pub misshaped: Vec<(String, Vec<usize>, Vec<usize>)>,
 }
 
-impl From<Error> for kd_core::Error {
-    fn from(e: Error) -> Self {
-        match e {
-            Error::Core(e) => e,
-            Error::Candle(e) => Self::Candle(e),
-            e => Self::Other(Box::new(e)),
-        }
+/// A kind of difference, on a line of its own; a wrong network has hundreds of keys, so only the first are shown.
+fn list(kind: &str, items: impl ExactSizeIterator<Item = String>) -> String {
+    const SHOWN: usize = 10;
+    let count = items.len();
+    if count == 0 {
+        return String::new();
     }
+    let shown: Vec<String> = items.take(SHOWN).collect();
+    let more = if count > SHOWN { format!(" and {} more", count - SHOWN) } else { String::new() };
+    format!("\n{kind}: {}{more}", shown.join(", "))
 }

@@ -1,79 +1,122 @@
-//! Weights in and out.
+//! Weight files: reading them whatever wrote them, and loading them into a network, strictly.
 //!
-//! [`read`] takes safetensors, PyTorch files (`torch.save`, zip and legacy) and MXNet `.params`, told apart by content ([`formats`]).
-//! [`load_into`] puts them into a network, strictly: every tensor of the network once, nothing left over, every number finite, or one error
-//! that lists what does not fit and leaves the network as it was. Names of other projects are brought to the zoo's by [`dialects`].
-//! [`to_safetensors`] writes, with [`ModelInfo`] beside the tensors.
+//! | format | told by | written by |
+//! |---|---|---|
+//! | safetensors | a JSON header after 8 bytes of length | this toolkit, Hugging Face |
+//! | PyTorch zip | `PK\3\4`; an entry `NAME/data.pkl` | `torch.save` since 1.6 |
+//! | PyTorch legacy | a pickle, of the number 0x1950a86a20f9469cfc6c | `torch.save` before |
+//! | MXNet | the number 0x112 and eight zero bytes | `mx.nd.save`, Gluon checkpoints |
+//!
+//! The content decides, never the name. [`read`] gives the tensors of the state dict; [`load_into`] fits them to a network or says, in one
+//! error, every key that is missing, unexpected or of another shape:
 //!
 //! ```
 //! use candle_core::{DType, Device};
 //! use kd_models::{Config, network};
-//! use kd_weights::{LoadOptions, ModelInfo, WeightFile, load_into, to_safetensors};
+//! use kd_weights::{LoadOptions, WeightFile, load_into};
 //!
-//! let student = network("resnet8", &Config::new(10, [1, 8, 8]), DType::F32, &Device::Cpu)?;
-//! let info = ModelInfo { model: Some("resnet8".into()), classes: Some(10), ..ModelInfo::default() };
-//! let bytes = to_safetensors(&student.parameters().state_dict()?, &info.to_metadata())?;
+//! let network = network("resnet8", &Config::new(10, [3, 32, 32]), DType::F32, &Device::Cpu)?;
+//! let tensors = network.parameters().state_dict()?;
+//! let mut file = WeightFile { path: "resnet8.pth".into(), tensors, metadata: Default::default() };
+//! assert_eq!(load_into(&network, &file, &LoadOptions::default())?.loaded, 56);
 //!
-//! let file = WeightFile::parse(&bytes)?;
-//! assert_eq!(ModelInfo::from_metadata(&file.metadata).model.as_deref(), Some("resnet8"));
-//! let report = load_into(&student, &file, &LoadOptions::default())?;
-//! assert_eq!(report.loaded, file.tensors.len());
+//! file.tensors.retain(|(name, _)| name != "fc.bias");
+//! let error = load_into(&network, &file, &LoadOptions::default()).unwrap_err();
+//! assert!(error.to_string().contains("missing: fc.bias"));
 //! # Ok::<(), Box<dyn std::error::Error>>(())
 //! ```
 //!
 //! # Files from strangers
 //!
-//! No byte of a file is ever executed. A `.pth` file holds a pickle, which is a program; it runs on a machine of our own that knows tensors,
-//! containers and plain numbers, and refuses every other class by name. What a file may cost is bounded by its size: the limits stand in
-//! [`limits`], and a file beyond them, damaged, or contradicting itself is an error.
+//! A PyTorch file is a *pickle*, a program for a machine that can call any Python function. Here nothing is ever called: the few functions
+//! that build tensors and ordered dictionaries are recognised by name, anything else (an optimiser, a NumPy scalar beside the state dict)
+//! becomes an opaque value, and is an error where a tensor should be. Sizes are checked before memory is asked for:
+//!
+//! | limit | |
+//! |---|---|
+//! | pickle | 64 MiB, 1,000,000 opcodes, 64 levels |
+//! | tensors | 100,000; names of 10,000 bytes |
+//! | a tensor | no larger than its storage; a storage exactly as large in the file as declared |
+//! | safetensors header | 32 MiB |
+//! | compressed entries, overlapping entries, keys that occur twice | refused |
+//!
+//! A new format is a file with a `read` function and a line of `FORMATS` in `detect.rs`; another way of naming a network's parameters is a line
+//! of `DIALECTS` in `mapping.rs`.
 
+mod detect;
+mod element;
 mod error;
-mod format;
-mod keys;
-pub mod limits;
 mod load;
-mod write;
+mod mapping;
+mod mxnet;
+mod safetensors;
+mod source;
+mod torch;
 
-use std::collections::BTreeMap;
-use std::path::Path;
+use std::collections::{BTreeMap, BTreeSet};
+use std::path::{Path, PathBuf};
 
 use candle_core::Tensor;
 
-pub use error::{Error, Result};
-pub use format::{Format, formats};
-pub use keys::{Dialect, dialects};
-pub use load::{LoadOptions, Misshaped, Report, classes, load_into};
-pub use write::{ModelInfo, to_safetensors};
+pub use error::{Error, Mismatch, Result};
+pub use load::{LoadOptions, Report, classes, load_into};
 
-/// What a weight file holds.
+use source::Source;
+
+/// The most tensors of a file.
+const MAX_TENSORS: usize = 100_000;
+/// The longest name of a tensor, in bytes.
+const MAX_NAME: usize = 10_000;
+/// What data-parallel training and compilation put before every key, in either order.
+const WRAPPERS: [&str; 3] = ["module.", "_orig_mod.", "module."];
+
+/// The tensors of a weight file, on the CPU.
 #[derive(Clone, Debug)]
 pub struct WeightFile {
-    /// Which of [`formats`] it was.
-    pub format: &'static str,
-    /// Its tensors by their names in the file, on the CPU. f16, bf16, f32, f64 and u8 as they are, other integers as i64.
-    pub tensors: BTreeMap<String, Tensor>,
-    /// Text beside them: a safetensors file's metadata, the plain numbers and strings of a PyTorch checkpoint (`epoch`, `best_acc`).
+    /// The file, for messages.
+    pub path: PathBuf,
+    /// The state dict in the file's order, without the `module.` that data-parallel training puts before every key. Types are the file's;
+    /// those that candle lacks are widened (bool to u8, i8 to i16, u16 to u32).
+    pub tensors: Vec<(String, Tensor)>,
+    /// What a safetensors file says beside the tensors; empty for other formats.
     pub metadata: BTreeMap<String, String>,
 }
 
-impl WeightFile {
-    /// Reads a file's content.
-    ///
-    /// # Errors
-    /// A content of no known format, or one that is damaged or hostile.
-    pub fn parse(bytes: &[u8]) -> Result<Self> {
-        let format = formats().iter().find(|f| (f.matches)(bytes)).ok_or_else(|| Error::unknown(bytes))?;
-        let contents = (format.read)(bytes).map_err(|why| Error::Damaged { format: format.name, why })?;
-        Ok(Self { format: format.name, tensors: contents.tensors, metadata: contents.metadata })
-    }
+/// What a format's reader finds.
+struct Content {
+    tensors: Vec<(String, Tensor)>,
+    metadata: BTreeMap<String, String>,
 }
 
-/// Reads the file at `path`.
+/// Reads the state dict of a weight file of any known format.
 ///
 /// # Errors
-/// As [`WeightFile::parse`], and a file that cannot be read; the message names it.
-pub fn read(path: impl AsRef<Path>) -> Result<WeightFile> {
-    let path = path.as_ref();
-    let bytes = std::fs::read(path).map_err(|source| Error::Io { path: path.to_path_buf(), source })?;
-    WeightFile::parse(&bytes).map_err(|e| Error::File { path: path.to_path_buf(), source: Box::new(e) })
+/// A file that cannot be read, is of no known format, is damaged or hostile, or holds no tensor.
+pub fn read(path: &Path) -> Result<WeightFile> {
+    let source = Source::open(path)?;
+    let format = detect::format(&source)?;
+    let Content { mut tensors, metadata } = (format.read)(&source)?;
+    if tensors.is_empty() {
+        return Err(source.corrupt("holds no tensor"));
+    }
+    for prefix in WRAPPERS {
+        if tensors.iter().all(|(name, _)| name.starts_with(prefix)) {
+            tensors.iter_mut().for_each(|(name, _)| name.replace_range(..prefix.len(), ""));
+        }
+    }
+    let mut seen = BTreeSet::new();
+    for (name, _) in &tensors {
+        if name.len() > MAX_NAME {
+            return Err(source.corrupt(format!("a tensor's name has {} bytes, more than {MAX_NAME}", name.len())));
+        }
+        if !seen.insert(name) {
+            return Err(source.corrupt(format!("the key `{name}` occurs twice")));
+        }
+    }
+    Ok(WeightFile { path: path.to_path_buf(), tensors, metadata })
 }
+
+/// The example of the README is a test.
+#[cfg(doctest)]
+#[doc = include_str!("../README.md")]
+struct Readme;

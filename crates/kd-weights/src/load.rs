@@ -1,181 +1,105 @@
-//! From a file into a network.
+//! Weights into a network: all of them, or none and the reasons.
 
-use std::collections::{BTreeMap, BTreeSet};
-use std::fmt;
+use std::collections::BTreeMap;
 
-use candle_core::{Device, Tensor};
-use kd_core::registry::check_finite;
+use candle_core::{DType, Device, Tensor};
 use kd_core::{Cut, Model};
 use kd_nn::{Graph, Network, Op};
 
-use crate::keys::{Dialect, dialects};
-use crate::{Error, Result, WeightFile};
+use crate::{Error, Mismatch, Result, WeightFile, mapping};
 
-/// What may differ between a file and a network.
-#[derive(Clone, Debug, Default)]
-#[non_exhaustive]
+/// How [`load_into`] treats what does not fit; by default everything must.
+#[derive(Clone, Copy, Debug, Default, PartialEq, Eq)]
 pub struct LoadOptions {
-    /// Load what fits and leave the rest of the network as it is.
+    /// Takes NaN and infinity.
+    pub allow_non_finite: bool,
+    /// Loads what fits by name and leaves the rest of the network as it is. Another shape remains an error, and so does a file of which nothing
+    /// fits.
     pub partial: bool,
-    /// Leave the classifier as it is, whatever the file holds for it: a pretrained network for other classes.
+    /// Leaves the classifier as it is, whatever the file holds for it: a pretrained network for other classes.
     pub new_head: bool,
-    /// Only the file's tensors whose names begin so, without it (`student.`).
-    pub prefix: Option<String>,
 }
 
-/// How a file fitted a network.
+/// What [`load_into`] did.
 #[derive(Clone, Debug, Default, PartialEq, Eq)]
+#[non_exhaustive]
 pub struct Report {
-    /// The network.
-    pub model: String,
-    /// In which of [`dialects`] the names were read.
-    pub dialect: &'static str,
-    /// Tensors that were loaded.
+    /// How the file's keys were understood.
+    pub mapping: &'static str,
+    /// Tensors of the network that were loaded.
     pub loaded: usize,
-    /// Names of the network that the file lacks. An absent `num_batches_tracked` counts as 0 and is not listed.
+    /// Parameters and statistics that the file does not have (a partial load).
     pub missing: Vec<String>,
-    /// Names of the file that the network lacks.
+    /// The file's own names of tensors that the network does not have (a partial load).
     pub unexpected: Vec<String>,
-    /// Tensors of another shape.
-    pub misshaped: Vec<Misshaped>,
-    /// Tensors of the classifier that were left as they are.
-    pub kept: Vec<String>,
+    /// Tensors of the file that were not wanted: a teacher beside its student, a fixed scale.
+    pub ignored: Vec<String>,
 }
 
-/// A tensor of another shape than the network's.
-#[derive(Clone, Debug, PartialEq, Eq)]
-pub struct Misshaped {
-    /// Its name in the network.
-    pub name: String,
-    /// The network's shape.
-    pub expected: Vec<usize>,
-    /// The file's shape.
-    pub found: Vec<usize>,
-}
-
-impl Report {
-    /// Whether every tensor found its place.
-    pub fn is_exact(&self) -> bool {
-        self.missing.is_empty() && self.unexpected.is_empty() && self.misshaped.is_empty()
-    }
-}
-
-impl fmt::Display for Report {
-    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
-        if self.is_exact() {
-            return write!(f, "{}: {} tensors loaded ({} names)", self.model, self.loaded, self.dialect);
-        }
-        write!(f, "{}: the weights do not fit ({} tensors do, read by {} names)", self.model, self.loaded, self.dialect)?;
-        let shapes = self.misshaped.iter().map(|m| format!("{} {:?} instead of {:?}", m.name, m.found, m.expected)).collect();
-        for (what, names) in [("of another shape", &shapes), ("missing", &self.missing), ("unexpected", &self.unexpected)] {
-            if !names.is_empty() {
-                write!(f, "; {} {what}: {}", names.len(), names.join(", "))?;
-            }
-        }
-        Ok(())
-    }
-}
-
-/// Puts the tensors of `file` into `network`.
+/// Fills `network` with the weights of `file`, converted to its type. Counters of batches that the file does not have become 0.
 ///
 /// # Errors
-/// Tensors that are missing, left over or of another shape (all of them in one [`Error::Mismatch`], unless the options allow them); a value that
-/// is not finite. The network is then as it was.
+/// Keys that are missing, unexpected or of another shape, all in one [`Mismatch`]; NaN or infinity. Then the network is as it was.
 pub fn load_into(network: &Network, file: &WeightFile, options: &LoadOptions) -> Result<Report> {
     let params = network.parameters();
-    let keys = params.keys();
-    let found = Named::new(file, options.prefix.as_deref(), keys.iter().map(|(name, _)| name.as_str()))?;
-    let head = if options.new_head { head(network.graph()) } else { vec![] };
-    let mut report =
-        Report { model: network.spec().name.clone(), dialect: found.dialect, unexpected: found.unexpected, ..Report::default() };
+    let head = if options.new_head { head(network.graph()) } else { Vec::new() };
+    let keys: Vec<_> = params.keys().into_iter().filter(|(name, _)| !head.contains(name)).collect();
+    let names: Vec<&str> = keys.iter().map(|(name, _)| name.as_str()).collect();
+    let mapping::Plan { mapping, tensors, missing, unexpected, ignored } = mapping::plan(file, &names, &head);
+    // A counter is a scalar or, from other programs, a list of one.
+    let fits = |name: &str, t: &Tensor, shape: &[usize]| t.dims() == shape || (mapping::is_counter(name) && t.elem_count() == 1);
+    let misshaped: Vec<_> = keys
+        .iter()
+        .filter_map(|(name, shape)| {
+            let tensor = tensors.get(name).filter(|t| !fits(name, t, shape))?;
+            Some((name.clone(), tensor.dims().to_vec(), shape.clone()))
+        })
+        .collect();
+    let wrong = if options.partial { tensors.is_empty() } else { !missing.is_empty() || !unexpected.is_empty() };
+    if wrong || !misshaped.is_empty() {
+        let (path, network) = (file.path.clone(), network.spec().name.clone());
+        return Err(Error::Mismatch(Box::new(Mismatch { path, network, mapping, missing, unexpected, misshaped })));
+    }
+    let failed = |source: kd_core::Error| Error::Load { path: file.path.clone(), source };
     let mut ready: BTreeMap<&str, Tensor> = BTreeMap::new();
-    for (name, shape) in &keys {
-        match found.tensors.get(name.as_str()) {
-            _ if head.contains(name) => report.kept.push(name.clone()),
-            Some(tensor) if tensor.dims() == shape.as_slice() => {
-                // Checked as the network will hold it: a large f64 is no f32. Counters stay integers.
-                let tensor = if tensor.dtype().is_float() { tensor.to_dtype(params.dtype())? } else { (*tensor).clone() };
-                check_finite(&format!("`{name}` of the weights"), &tensor)?;
-                ready.insert(name, tensor);
-            }
-            Some(tensor) => {
-                report.misshaped.push(Misshaped { name: name.clone(), expected: shape.clone(), found: tensor.dims().to_vec() });
-            }
-            None if name.ends_with("num_batches_tracked") => {
-                ready.insert(name, Tensor::new(0i64, &Device::Cpu)?);
-            }
-            None => report.missing.push(name.clone()),
+    for (name, tensor) in &tensors {
+        let dtype = if mapping::is_counter(name) { DType::I64 } else { params.dtype() };
+        // In the network's type, as a large f64 is no f32.
+        let converted = tensor.to_dtype(dtype).map_err(|e| failed(e.into()))?;
+        if !options.allow_non_finite {
+            check_finite(file, name, &converted)?;
         }
+        ready.insert(name, converted);
     }
-    report.loaded = ready.keys().filter(|name| found.tensors.contains_key(**name)).count();
-    if report.loaded == 0 || !options.partial && !report.is_exact() {
-        return Err(Error::Mismatch(Box::new(report)));
-    }
-    params.assign(|name| ready.get(name).cloned())?;
-    Ok(report)
+    let zero = Tensor::new(0i64, &Device::Cpu).map_err(|e| failed(e.into()))?;
+    let absent = |name: &str| (mapping::is_counter(name) && !options.partial).then(|| zero.clone());
+    params.assign(|name| ready.get(name).cloned().or_else(|| absent(name))).map_err(failed)?;
+    Ok(Report { mapping, loaded: tensors.len(), missing, unexpected, ignored })
 }
 
-/// The number of classes that `file` was trained for, when it holds the classifier of `graph` (built for any number).
+fn check_finite(file: &WeightFile, name: &str, tensor: &Tensor) -> Result<()> {
+    let values = tensor.flatten_all().and_then(|t| t.to_dtype(DType::F64)?.to_vec1::<f64>());
+    let values = values.map_err(|e| Error::Load { path: file.path.clone(), source: e.into() })?;
+    match values.iter().position(|v| !v.is_finite()) {
+        None => Ok(()),
+        Some(index) => Err(Error::NonFinite { path: file.path.clone(), tensor: name.to_string(), value: values[index], index }),
+    }
+}
+
+/// How many outputs the classifier in `file` has: the rows of the weight that the linear layer of `graph`'s logits would take, whatever its
+/// own number of classes. `None` where there is no such layer or no such tensor.
 pub fn classes(file: &WeightFile, graph: &Graph) -> Option<usize> {
-    let (params, head) = (graph.params(), head(graph));
-    let names = params.entries().iter().chain(params.stats()).map(|e| e.name.as_str());
-    let found = Named::new(file, None, names).ok()?;
-    found.tensors.get(head.first()?.as_str())?.dims().first().copied()
+    let keys: Vec<&str> = graph.params().entries().iter().chain(graph.params().stats()).map(|e| e.name.as_str()).collect();
+    let plan = mapping::plan(file, &keys, &[]);
+    match plan.tensors.get(head(graph).first()?)?.dims() {
+        &[classes, _] => Some(classes),
+        _ => None,
+    }
 }
 
 /// Names of the classifier's weight and bias.
 fn head(graph: &Graph) -> Vec<String> {
-    let node = graph.cut(Cut::Logits).ok().map(|id| &graph.nodes()[id].op);
-    let Some(Op::Linear { weight, bias, .. }) = node else { return vec![] };
-    [Some(*weight), *bias].into_iter().flatten().map(|i| graph.params().entries()[i].name.clone()).collect()
-}
-
-/// A file's tensors under the network's names.
-struct Named<'a> {
-    dialect: &'static str,
-    tensors: BTreeMap<String, &'a Tensor>,
-    unexpected: Vec<String>,
-}
-
-impl<'a> Named<'a> {
-    fn new<'n>(file: &'a WeightFile, prefix: Option<&str>, names: impl Iterator<Item = &'n str>) -> Result<Self> {
-        let names: Vec<&str> = names.collect();
-        let mut own: Vec<(&str, &Tensor)> = file.tensors.iter().map(|(k, t)| (k.as_str(), t)).collect();
-        // What wrappers put in front of every name.
-        for wrapper in ["module.", "_orig_mod.", "module."] {
-            if own.iter().all(|(name, _)| name.starts_with(wrapper)) {
-                own.iter_mut().for_each(|(name, _)| *name = &name[wrapper.len()..]);
-            }
-        }
-        if let Some(prefix) = prefix {
-            let first = own.first().map_or(String::new(), |(name, _)| (*name).to_string());
-            own = own.into_iter().filter_map(|(name, t)| Some((name.strip_prefix(prefix)?, t))).collect();
-            if own.is_empty() {
-                return Err(Error::Prefix { prefix: prefix.to_string(), first });
-            }
-        }
-        let mut best = Self::read(&dialects()[0], &own, &names);
-        for dialect in &dialects()[1..] {
-            let other = Self::read(dialect, &own, &names);
-            if other.tensors.len() > best.tensors.len() {
-                best = other;
-            }
-        }
-        Ok(best)
-    }
-
-    fn read(dialect: &Dialect, own: &[(&str, &'a Tensor)], names: &[&str]) -> Self {
-        let targets: BTreeMap<String, &str> = names.iter().filter_map(|name| Some(((dialect.form)(name)?, *name))).collect();
-        let (mut tensors, mut unexpected, mut taken) = (BTreeMap::new(), vec![], BTreeSet::new());
-        for (name, tensor) in own {
-            let Some(form) = (dialect.form)(name) else { continue };
-            match targets.get(&form) {
-                Some(target) if taken.insert(*target) => {
-                    tensors.insert((*target).to_string(), *tensor);
-                }
-                _ => unexpected.push((*name).to_string()),
-            }
-        }
-        Self { dialect: dialect.name, tensors, unexpected }
-    }
+    let Ok(logits) = graph.cut(Cut::Logits) else { return Vec::new() };
+    let Op::Linear { weight, bias, .. } = graph.nodes()[logits].op else { return Vec::new() };
+    [Some(weight), bias].into_iter().flatten().map(|i| graph.params().entries()[i].name.clone()).collect()
 }

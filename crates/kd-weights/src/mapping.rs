@@ -4,7 +4,7 @@
 //! keys as they are first of all, so that no rename touches a file that fits without.
 
 use std::borrow::Cow;
-use std::collections::BTreeMap;
+use std::collections::{BTreeMap, BTreeSet};
 
 use candle_core::Tensor;
 
@@ -41,22 +41,23 @@ pub(crate) struct Plan<'f> {
     pub(crate) ignored: Vec<String>,
 }
 
-/// Fits `file` to a network of these keys by the dialect that serves best. Absent `num_batches_tracked`, which older PyTorch did not
-/// write, are not missing.
-pub(crate) fn plan<'f>(file: &'f WeightFile, keys: &[&str]) -> Plan<'f> {
-    let mut plans = DIALECTS.iter().map(|dialect| read_as(dialect, file, keys));
+/// Fits `file` to a network of these keys by the dialect that serves best; what would go to one of `unwanted` is ignored. Absent
+/// `num_batches_tracked`, which older PyTorch did not write, are not missing.
+pub(crate) fn plan<'f>(file: &'f WeightFile, keys: &[&str], unwanted: &[String]) -> Plan<'f> {
+    let mut plans = DIALECTS.iter().map(|dialect| read_as(dialect, file, keys, unwanted));
     let first = plans.next().expect("invariant: there is a dialect");
     let faults = |plan: &Plan| plan.missing.len() + plan.unexpected.len();
     plans.fold(first, |best, plan| if faults(&plan) < faults(&best) { plan } else { best })
 }
 
-fn read_as<'f>(dialect: &Dialect, file: &'f WeightFile, keys: &[&str]) -> Plan<'f> {
-    let known: std::collections::BTreeSet<&str> = keys.iter().copied().collect();
+fn read_as<'f>(dialect: &Dialect, file: &'f WeightFile, keys: &[&str], unwanted: &[String]) -> Plan<'f> {
+    let known: BTreeSet<&str> = keys.iter().copied().collect();
     let mut plan =
         Plan { mapping: dialect.name, tensors: BTreeMap::new(), missing: Vec::new(), unexpected: Vec::new(), ignored: Vec::new() };
     for (name, tensor) in &file.tensors {
         match (dialect.rename)(name) {
             None => plan.ignored.push(name.clone()),
+            Some(key) if unwanted.iter().any(|u| *u == key) => plan.ignored.push(name.clone()),
             Some(key) if known.contains(&*key) && !plan.tensors.contains_key(&*key) => drop(plan.tensors.insert(key.into_owned(), tensor)),
             Some(_) => plan.unexpected.push(name.clone()),
         }

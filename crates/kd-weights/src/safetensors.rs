@@ -31,7 +31,8 @@ pub(crate) fn read(source: &Source) -> Result<Content> {
         return Err(source.corrupt(format!("its header has {length} bytes, more than {MAX_HEADER}")));
     }
     let header = source.read_at(LENGTH, length, "the header")?;
-    let Header { metadata, mut tensors } = serde_json::from_slice(&header).map_err(|e| source.corrupt(format!("safetensors header: {e}")))?;
+    let Header { metadata, mut tensors } =
+        serde_json::from_slice(&header).map_err(|e| source.corrupt(format!("safetensors header: {e}")))?;
     tensors.sort_by_key(|(_, info)| info.data_offsets);
     let checked = Metadata::new(None, tensors.clone()).map_err(|e| source.corrupt(format!("safetensors header: {e}")))?;
     let start = LENGTH + length;
@@ -42,8 +43,8 @@ pub(crate) fn read(source: &Source) -> Result<Content> {
     let tensors = tensors
         .into_iter()
         .map(|(name, info)| {
-            let element = element(info.dtype)
-                .ok_or_else(|| source.corrupt(format!("`{name}` is of type {}, which is not supported", info.dtype)))?;
+            let element =
+                element(info.dtype).ok_or_else(|| source.corrupt(format!("`{name}` is of type {}, which is not supported", info.dtype)))?;
             let (from, to) = (info.data_offsets.0 as u64, info.data_offsets.1 as u64);
             let bytes = source.read_at(start + from, to - from, &name)?;
             let tensor = element.decode(&bytes, &info.shape).map_err(|e| source.corrupt(format!("`{name}`: {e}")))?;

@@ -18,8 +18,7 @@ const MAX_LONG: usize = 16;
 const MAX_DIMS: usize = 64;
 
 /// Functions that no weight file needs and that attacks are made of: such a file is refused whole.
-const REFUSED_MODULES: [&str; 10] =
-    ["os", "posix", "nt", "subprocess", "pty", "runpy", "importlib", "shutil", "socket", "webbrowser"];
+const REFUSED_MODULES: [&str; 10] = ["os", "posix", "nt", "subprocess", "pty", "runpy", "importlib", "shutil", "socket", "webbrowser"];
 const REFUSED_BUILTINS: [&str; 5] = ["eval", "exec", "compile", "open", "__import__"];
 
 /// What an opcode leaves on the stack.
@@ -77,7 +76,7 @@ pub(super) struct TensorRef<'a> {
 impl<'a> TensorRef<'a> {
     fn new(storage: Storage<'a>, offset: usize, shape: Vec<usize>, strides: Vec<usize>) -> Result<Self, String> {
         let fits = || {
-            let count = shape.iter().try_fold(1usize, |n, &d| n.checked_mul(d))?;
+            let count = storage.element.bytes(&shape)? / storage.element.size();
             let mut last = Some(offset);
             for (&d, &s) in shape.iter().zip(&strides).filter(|_| count > 0) {
                 last = last?.checked_add((d - 1).checked_mul(s)?);
