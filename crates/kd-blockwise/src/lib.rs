@@ -44,3 +44,8 @@ pub fn registry() -> &'static [kd_core::MethodEntry] {
     static METHODS: &[kd_core::MethodEntry] = &[block_kd::ENTRY];
     METHODS
 }
+
+/// The example of the README is a test.
+#[cfg(doctest)]
+#[doc = include_str!("../README.md")]
+struct Readme;

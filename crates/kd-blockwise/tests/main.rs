@@ -1,4 +1,5 @@
 //! Tests of kd-blockwise: fixtures, the invariants of Block-KD, its options, refusals.
+#![allow(clippy::print_stdout)] // how many fixtures were checked
 
 mod main {
     mod golden;

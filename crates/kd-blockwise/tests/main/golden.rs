@@ -53,8 +53,8 @@ fn compare(fixture: &BTreeMap<String, Tensor>, found: &BTreeMap<String, Tensor>,
                 (_, false) => 2e-5 * e.abs() + 5e-6 * top_term,
                 (_, true) => 2e-5 * top + 1e-7,
             };
-            // Not `>`: a NaN must fail.
-            if !((e - g).abs() <= allowed) {
+            let within = (e - g).abs() <= allowed; // false for a NaN
+            if !within {
                 wrong.push(format!("{name}[{i}] = {g:e}, expected {e:e}, off by {:e}, allowed {allowed:e}", (e - g).abs()));
                 break;
             }
