@@ -12,7 +12,7 @@ use crate::{assemble, output};
 
 /// Runs a network on the images of a file and writes everything it computes.
 ///
-/// The input file holds `images` [B,C,H,W] and, for losses and gradients, `labels` [B]. The output holds `logits`, `embedding`, `stage.<i>`,
+/// The input file holds `images` `[B,C,H,W]` and, for losses and gradients, `labels` `[B]`. The output holds `logits`, `embedding`, `stage.<i>`,
 /// `preact.<i>`; with labels `loss` (mean cross-entropy), `grad.<key>` and `grad.images`; in train mode `running.<key>`. Dropout is off.
 #[derive(clap::Args)]
 #[command(after_help = "Example:\n  kd-cli forward resnet20 --weights resnet20.pth --inputs in.safetensors --mode train --dtype f64 --output out.safetensors")]
