@@ -2,6 +2,7 @@
 
 use std::collections::BTreeMap;
 use std::path::Path;
+use std::sync::LazyLock;
 
 use anyhow::{Context, Result, bail};
 use candle_core::{DType, Device};
@@ -33,12 +34,15 @@ impl From<Float> for DType {
 
 /// Every method that a config can name.
 pub fn methods() -> &'static [MethodEntry] {
-    kd_losses::registry()
+    static ALL: LazyLock<Vec<MethodEntry>> =
+        LazyLock::new(|| kd_losses::registry().iter().chain(kd_blockwise::registry()).copied().collect());
+    &ALL
 }
 
 /// The method called `name`.
 pub fn method(name: &str) -> Result<&'static MethodEntry> {
-    Ok(kd_losses::find(name)?)
+    let hint = || config::did_you_mean(name, methods().iter().map(|m| m.name));
+    methods().iter().find(|m| m.name == name).with_context(|| format!("`{name}` is no known method; {}", hint()))
 }
 
 /// What a method needs with its default parameters; nothing when it cannot be built without being given some.
@@ -147,16 +151,18 @@ pub fn splits(data: &DataConfig, train_limit: usize, seed: u64) -> Result<Splits
     Ok(kd_data::open(&data.source)?.select(&options, seed)?)
 }
 
+/// The augmentation of a config, or what is customary for its data.
+pub fn augmentation(data: &DataConfig) -> Vec<String> {
+    let name = data.source.split(':').next().unwrap_or_default();
+    let customary = || kd_data::SOURCES.iter().find(|s| s.name == name).map_or(&[][..], |s| s.augment);
+    data.augment.clone().unwrap_or_else(|| customary().iter().map(ToString::to_string).collect())
+}
+
 /// A run's data: loaders over `splits`.
 ///
 /// `views` copies of each training image; all tensors on `device`.
 pub fn data(config: &Config, splits: &Splits, views: usize, device: &Device) -> Result<kd_train::Data> {
-    let customary = || {
-        let name = config.data.source.split(':').next().unwrap_or_default();
-        let entry = kd_data::SOURCES.iter().find(|s| s.name == name);
-        entry.map(|e| e.augment.iter().map(ToString::to_string).collect::<Vec<_>>()).unwrap_or_default()
-    };
-    let augment = config.data.augment.clone().unwrap_or_else(customary);
+    let augment = augmentation(&config.data);
     let names: Vec<&str> = augment.iter().map(String::as_str).collect();
     let options = LoaderOptions {
         batch_size: config.data.batch_size,

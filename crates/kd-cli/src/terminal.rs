@@ -12,6 +12,7 @@ use crate::output;
 /// Shows one run under its name (`teacher`, `baseline`, `student`).
 pub struct Progress {
     title: String,
+    quiet: bool,
     bar: ProgressBar,
     epochs: usize,
     steps_per_epoch: usize,
@@ -37,10 +38,12 @@ struct Epoch {
 impl Progress {
     /// Under `title`; silent with `quiet`.
     pub fn new(title: &str, quiet: bool) -> Self {
-        let target = if quiet || !std::io::stderr().is_terminal() { ProgressDrawTarget::hidden() } else { ProgressDrawTarget::stderr_with_hz(8) };
+        let target =
+            if quiet || !std::io::stderr().is_terminal() { ProgressDrawTarget::hidden() } else { ProgressDrawTarget::stderr_with_hz(8) };
         let bar = ProgressBar::with_draw_target(None, target);
         Self {
             title: title.to_string(),
+            quiet,
             bar,
             epochs: 0,
             steps_per_epoch: 0,
@@ -52,7 +55,11 @@ impl Progress {
     }
 
     fn say(&self, text: &str) {
-        if self.bar.is_hidden() { output::message(text) } else { self.bar.println(text) }
+        match (self.quiet, self.bar.is_hidden()) {
+            (true, _) => {}
+            (false, true) => output::message(text),
+            (false, false) => self.bar.println(text),
+        }
     }
 
     fn step(&mut self, s: &StepReport) {
@@ -154,7 +161,10 @@ impl Sink for Progress {
                 }
             }
             Event::Evaluated { subject: Subject::Teacher(name), split, evaluation, .. } => {
-                self.say(&format!("{:<9} teacher {name}: {split} top-1 {:.2}%, top-5 {:.2}%", self.title, evaluation.top1, evaluation.top5));
+                self.say(&format!(
+                    "{:<9} teacher {name}: {split} top-1 {:.2}%, top-5 {:.2}%",
+                    self.title, evaluation.top1, evaluation.top5
+                ));
             }
             Event::Warning { message } => self.say(&format!("{:<9} warning: {message}", self.title)),
             Event::Finished(result) => {

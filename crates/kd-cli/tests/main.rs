@@ -69,6 +69,7 @@ kind = "constant"
 epochs = 4
 [run]
 checkpoint_steps = 2
+allow_bad_teacher = true
 "#;
 
 fn tiny(dir: &Path) -> PathBuf {
@@ -124,7 +125,8 @@ fn unusable_arguments_are_one_clear_error_and_exit_code_2() {
     std::fs::write(d.join("bad.toml"), "[student]\nmodel = \"resnet8\"\n[optim]\nlr = \"fast\"\n").unwrap();
     let e = refused(d, &["distill", "--config", "bad.toml"]);
     assert!(e.contains("bad.toml:4"), "{e}");
-    std::fs::write(d.join("weights.toml"), "[teacher]\nmodel = \"resnet20\"\nweights = \"gone.pth\"\n[student]\nmodel = \"resnet8\"\n").unwrap();
+    std::fs::write(d.join("weights.toml"), "[teacher]\nmodel = \"resnet20\"\nweights = \"gone.pth\"\n[student]\nmodel = \"resnet8\"\n")
+        .unwrap();
     let e = refused(d, &["distill", "--config", "weights.toml"]);
     assert!(e.contains("gone.pth"), "{e}");
     assert!(!d.join("runs").exists(), "a refused run leaves nothing behind");
@@ -186,13 +188,16 @@ fn forward_gives_outputs_gradients_and_statistics() {
     let images = Tensor::from_vec(pixels, (2, 3, 16, 16), &Device::Cpu).unwrap();
     save(&dir.path().join("in.safetensors"), &[("images", images), ("labels", Tensor::new(&[3i64, 7], &Device::Cpu).unwrap())]);
     let run = |name: &str, more: &[&str]| {
-        let mut args = vec!["forward", "resnet8", "--weights", "splitmix64", "--inputs", "in.safetensors", "--classes", "10", "--output", name];
+        let mut args =
+            vec!["forward", "resnet8", "--weights", "splitmix64", "--inputs", "in.safetensors", "--classes", "10", "--output", name];
         args.extend(more);
         ok(dir.path(), &args);
         load(&dir.path().join(name))
     };
     let truth = run("a", &["--mode", "train", "--dtype", "f64"]);
-    for key in ["logits", "embedding", "stage.0", "stage.3", "preact.3", "loss", "grad.conv1.weight", "grad.images", "running.bn1.running_mean"] {
+    for key in
+        ["logits", "embedding", "stage.0", "stage.3", "preact.3", "loss", "grad.conv1.weight", "grad.images", "running.bn1.running_mean"]
+    {
         assert!(truth.contains_key(key), "no {key}");
     }
     let single = run("b", &["--mode", "train"]);
@@ -240,8 +245,13 @@ fn distill_ends_with_a_table_and_a_student_that_evaluates_alike() {
 
 /// Starts a run and waits for a line of progress that `seen` accepts.
 fn start_until(dir: &Path, args: &[&str], seen: impl Fn(&str) -> bool) -> Child {
-    let mut child =
-        Command::new(env!("CARGO_BIN_EXE_kd-cli")).args(args).current_dir(dir).stderr(Stdio::piped()).stdout(Stdio::null()).spawn().unwrap();
+    let mut child = Command::new(env!("CARGO_BIN_EXE_kd-cli"))
+        .args(args)
+        .current_dir(dir)
+        .stderr(Stdio::piped())
+        .stdout(Stdio::null())
+        .spawn()
+        .unwrap();
     let mut lines = BufReader::new(child.stderr.take().unwrap()).lines();
     assert!(lines.any(|line| seen(&line.unwrap())), "the run ended before the line that was waited for");
     // The pipe stays open behind the child's back, so that its further lines do not fail.

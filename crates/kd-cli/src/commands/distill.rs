@@ -19,7 +19,7 @@ use crate::{Interrupted, RunFailed, assemble, output};
 /// Trains a student from a teacher and compares it with the teacher and, where asked, with the student alone.
 ///
 /// Without --config the quickstart runs: a ResNet-20 teacher and a ResNet-8 student on handwritten digits, in about a minute.
-/// The run goes to runs/<name>; a run that was interrupted, or killed, goes on with --resume.
+/// The run goes to runs/NAME; a run that was interrupted, or killed, goes on with --resume.
 #[derive(clap::Args)]
 #[command(
     after_help = "Examples:\n  kd-cli distill\n  kd-cli distill --config r56-r20.toml --set optim.lr=0.1 --set schedule.epochs=60\n  kd-cli distill --set loss.1.method=dkd --set loss.1.beta=2\n  kd-cli distill --resume runs/r56-r20"
@@ -38,7 +38,7 @@ pub struct RunArgs {
     /// Overrides one value of the config: --set optim.lr=0.1. May be repeated.
     #[arg(long = "set", value_name = "KEY=VALUE", conflicts_with = "resume")]
     pub(crate) set: Vec<String>,
-    /// The run directory; default: runs/<name>, numbered when it is taken.
+    /// The run directory; default: runs/NAME, numbered when it is taken.
     #[arg(long, conflicts_with = "resume")]
     pub(crate) out: Option<PathBuf>,
     /// Goes on with the run in this directory.
@@ -88,7 +88,9 @@ impl RunArgs {
             }
             return Ok((Config::load(&path, &[], assemble::methods())?, dir.clone()));
         }
-        let config = read(&self.set)?;
+        let mut config = read(&self.set)?;
+        // What the run directory keeps has every default written out.
+        config.data.augment = Some(assemble::augmentation(&config.data));
         let dir = match &self.out {
             Some(dir) if dir.join("config.toml").exists() => {
                 bail!("{} holds a run already; --resume {} goes on with it", dir.display(), dir.display())
@@ -169,7 +171,8 @@ fn distill(config: &Config, dir: &Path, args: &RunArgs, stop: &AtomicBool) -> Re
         }
     }
     let trained_on = splits.train()?.len();
-    let of = |r: &RunResult| (r.test.or(r.history.last().map(|h| h.evaluation)).map_or(f64::NAN, |e| e.top1), r.best.map(|b| b.evaluation.top1));
+    let of =
+        |r: &RunResult| (r.test.or(r.history.last().map(|h| h.evaluation)).map_or(f64::NAN, |e| e.top1), r.best.map(|b| b.evaluation.top1));
     if let Some((network, r)) = &alone {
         let (top1, best) = of(r);
         rows.push(row("student alone", network, top1, best, trained_on)?);

@@ -64,7 +64,11 @@ pub fn run(args: &Eval) -> Result<()> {
     let file = assemble::weights(&args.weights)?;
     let splits = kd_data::open(&args.data)?;
     let data = if args.split == Split::Test { splits.test()? } else { splits.train()? };
-    let name = args.model.clone().or_else(|| file.metadata.get("model").cloned()).context("--model: the weights do not say which network they belong to")?;
+    let name = args
+        .model
+        .clone()
+        .or_else(|| file.metadata.get("model").cloned())
+        .context("--model: the weights do not say which network they belong to")?;
     let [channels, ..] = data.info().shape;
     let (normalise, from) = match (&args.mean, &args.std) {
         (Some(mean), Some(std)) => (Normalise::new(mean, std), "the command line"),
@@ -82,7 +86,8 @@ pub fn run(args: &Eval) -> Result<()> {
     if outputs > data.classes() {
         output::message(&format!("warning: {name} has {outputs} outputs, {} only {} classes", args.data, data.classes()));
     }
-    let options = LoaderOptions { batch_size: args.batch_size, normalise: Some(normalise.clone()), device: Device::Cpu, ..LoaderOptions::default() };
+    let options =
+        LoaderOptions { batch_size: args.batch_size, normalise: Some(normalise.clone()), device: Device::Cpu, ..LoaderOptions::default() };
     let mut loader = Loader::eval(data, &options)?;
     let evaluation = assemble::in_pool(args.threads, || kd_train::evaluate(&network, &mut loader))??;
     if args.json {

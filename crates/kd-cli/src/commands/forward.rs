@@ -15,7 +15,9 @@ use crate::{assemble, output};
 /// The input file holds `images` `[B,C,H,W]` and, for losses and gradients, `labels` `[B]`. The output holds `logits`, `embedding`, `stage.<i>`,
 /// `preact.<i>`; with labels `loss` (mean cross-entropy), `grad.<key>` and `grad.images`; in train mode `running.<key>`. Dropout is off.
 #[derive(clap::Args)]
-#[command(after_help = "Example:\n  kd-cli forward resnet20 --weights resnet20.pth --inputs in.safetensors --mode train --dtype f64 --output out.safetensors")]
+#[command(
+    after_help = "Example:\n  kd-cli forward resnet20 --weights resnet20.pth --inputs in.safetensors --mode train --dtype f64 --output out.safetensors"
+)]
 pub struct Forward {
     /// The network (`kd-cli list models`).
     model: String,
