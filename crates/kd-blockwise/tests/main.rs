@@ -6,5 +6,6 @@ mod main {
     mod invariants;
     mod options;
     mod refusals;
+    mod runs;
     mod support;
 }
