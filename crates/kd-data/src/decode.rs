@@ -35,9 +35,32 @@ pub(crate) fn size(path: &Path, bytes: &[u8]) -> Result<[usize; 2]> {
     Ok([height as usize, width as usize])
 }
 
+/// Whether a file is a JPEG that ends before its image does. The decoder fills what is missing with grey and says nothing.
+fn is_cut_short(bytes: &[u8]) -> bool {
+    let Some(mut rest) = bytes.strip_prefix(&[0xFF, 0xD8]) else { return false };
+    // Past the segments before the first scan: a thumbnail in them has an end of its own.
+    loop {
+        let length = match rest {
+            // A byte that fills.
+            [0xFF, 0xFF, ..] => 1,
+            [0xFF, 0xDA, scan @ ..] => return !scan.windows(2).rev().any(|pair| pair == [0xFF, 0xD9]),
+            [0xFF, _, high, low, ..] => 2 + usize::from(u16::from_be_bytes([*high, *low])),
+            // What is no segment is for the decoder to judge.
+            _ => return rest.len() < 4,
+        };
+        match rest.get(length..) {
+            Some(next) => rest = next,
+            None => return true,
+        }
+    }
+}
+
 /// The whole image.
 pub(crate) fn decode(path: &Path, bytes: &[u8], into: &mut Image) -> Result<()> {
     let decoder = decoder(path, bytes)?;
+    if is_cut_short(bytes) {
+        return Err(Error::corrupt(path, "not readable as an image: the file is cut short"));
+    }
     let decoded = DynamicImage::from_decoder(decoder).map_err(|e| Error::corrupt(path, format!("not readable as an image: {e}")))?;
     let rgb = decoded.into_rgb8();
     let (width, height) = (rgb.width() as usize, rgb.height() as usize);

@@ -9,7 +9,7 @@ use crate::support::{epoch, refusal};
 
 /// A picture whose every pixel tells its place and `mark`.
 fn picture([height, width]: [u32; 2], mark: u8) -> RgbImage {
-    RgbImage::from_fn(width, height, |x, y| Rgb([mark, x as u8 * 7, y as u8 * 11]))
+    RgbImage::from_fn(width, height, |x, y| Rgb([mark, (x * 7) as u8, (y * 11) as u8]))
 }
 
 fn save(root: &Path, name: &str, size: [u32; 2], mark: u8) -> PathBuf {
@@ -289,9 +289,24 @@ fn an_unreadable_image_reaches_the_consumer_with_its_path() {
     let whole = std::fs::read(dir.path().join("train/dog/006.png")).unwrap();
     let odd = save(dir.path(), "odd.png", [6, 7], 0);
     let odd = (std::fs::read(&odd).unwrap(), std::fs::remove_file(&odd).unwrap()).0;
-    for (bytes, why) in
-        [(&whole[..whole.len() - 30], "not readable as an image"), (b"hello", "not an image"), (&odd, "6x7 pixels where others have 6x6")]
-    {
+    let mut jpeg = std::io::Cursor::new(vec![]);
+    picture([64, 64], 9).write_to(&mut jpeg, ImageFormat::Jpeg).unwrap();
+    // With a byte of filling and a segment that holds an end marker, as a thumbnail does.
+    let jpeg = [&jpeg.get_ref()[..2], &[0xFF, 0xFF, 0xE5, 0, 4, 0xFF, 0xD9], &jpeg.get_ref()[2..]].concat();
+    std::fs::write(dir.path().join("train/dog/007.png"), &jpeg).unwrap();
+    assert_eq!(open(dir.path()).unwrap().train().unwrap().image(47).unwrap().shape(), [3, 64, 64]);
+    let mut webp = std::io::Cursor::new(vec![]);
+    picture([64, 64], 9).write_to(&mut webp, ImageFormat::WebP).unwrap();
+    let webp = webp.into_inner();
+    for (bytes, why) in [
+        (&whole[..whole.len() - 30], "not readable as an image"),
+        (&jpeg[..jpeg.len() - 2], "cut short"),
+        (&jpeg[..jpeg.len() / 2], "cut short"),
+        (&jpeg[..30], "not readable as an image"),
+        (&webp[..webp.len() / 2], "not readable as an image"),
+        (b"hello", "not an image"),
+        (&odd, "6x7 pixels where others have 6x6"),
+    ] {
         std::fs::write(dir.path().join("train/dog/007.png"), bytes).unwrap();
         let splits = open(dir.path()).unwrap();
         for threads in [1, 2] {
