@@ -37,12 +37,12 @@ impl Element {
     }
 
     /// The tensor of `shape` whose row-major little-endian bytes these are.
-    pub(crate) fn decode(self, bytes: &[u8], shape: &[usize]) -> candle_core::Result<Tensor> {
+    pub(crate) fn decode(self, bytes: &[u8], shape: &[usize]) -> Result<Tensor, String> {
         if self.bytes(shape) != Some(bytes.len()) {
-            candle_core::bail!("{} bytes for a shape of {shape:?}", bytes.len());
+            return Err(format!("{} bytes for a shape of {shape:?}", bytes.len()));
         }
         let plain = |dtype| Tensor::from_raw_buffer(bytes, dtype, shape, &Device::Cpu);
-        match self {
+        let tensor = match self {
             Self::Bool | Self::U8 => plain(DType::U8),
             Self::I8 => Tensor::from_vec(bytes.iter().map(|&b| i16::from(b.cast_signed())).collect::<Vec<_>>(), shape, &Device::Cpu),
             Self::I16 => plain(DType::I16),
@@ -57,6 +57,7 @@ impl Element {
             Self::BF16 => plain(DType::BF16),
             Self::F32 => plain(DType::F32),
             Self::F64 => plain(DType::F64),
-        }
+        };
+        tensor.map_err(|e| e.to_string())
     }
 }

@@ -93,7 +93,7 @@ impl Reader<'_> {
         };
         let bytes = element.bytes(&shape).ok_or_else(|| corrupt(format!("a shape of {shape:?}")))?;
         let data = self.take(bytes as u64, &what)?;
-        element.decode(&data, &shape).map_err(|e| corrupt(e.to_string()))
+        element.decode(&data, &shape).map_err(corrupt)
     }
 
     fn name(&mut self) -> Result<String> {

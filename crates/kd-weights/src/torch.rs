@@ -74,7 +74,8 @@ fn tensors<'a>(
                 if *copied > storage.numel {
                     return Err(corrupt(&format!("the tensors of storage `{}` hold more than it does", storage.key)));
                 }
-                tensor.indices().and_then(|i| flat.index_select(&Tensor::from_vec(i, count, &Device::Cpu)?, 0))
+                let indices = tensor.indices().map_err(|e| corrupt(&e))?;
+                Tensor::from_vec(indices, count, &Device::Cpu).and_then(|i| flat.index_select(&i, 0))
             };
             Ok((name.to_string(), view.and_then(|t| t.reshape(tensor.shape.as_slice())).map_err(|e| corrupt(&e))?))
         })

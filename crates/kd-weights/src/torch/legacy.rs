@@ -71,5 +71,8 @@ fn places<'a>(source: &Source, object: &Object<'a>, keys: &Object<'a>, mut at: u
         }
         at = at.checked_add(8 + storage.bytes() as u64).ok_or_else(|| source.corrupt(format!("{what} is too large")))?;
     }
-    Ok(places)
+    match at == source.len() {
+        true => Ok(places),
+        false => Err(source.corrupt(format!("its storages end at byte {at}, the file has {}", source.len()))),
+    }
 }

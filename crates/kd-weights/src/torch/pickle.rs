@@ -4,7 +4,7 @@
 //! they take in the file, and nothing here recurses. Of Python's functions a handful is recognised by name (tensors, ordered dictionaries, sizes); whatever
 //! else a pickle calls becomes [`Node::Opaque`].
 
-use std::collections::HashMap;
+use std::collections::BTreeMap;
 
 use crate::MAX_TENSORS;
 use crate::element::Element;
@@ -41,12 +41,19 @@ pub(super) enum Node<'a> {
     Tuple(Vec<Value<'a>>),
     List(Vec<Value<'a>>),
     Dict(Vec<(Value<'a>, Value<'a>)>),
-    /// Module and name of a class or function.
-    Global(&'a str, &'a str),
+    /// A class or function.
+    Global(Box<Function<'a>>),
     Storage(Box<Storage<'a>>),
     Tensor(Box<TensorRef<'a>>),
-    /// What the function of this module and name would have made.
-    Opaque(&'a str, &'a str),
+    /// What this function would have made.
+    Opaque(Box<Function<'a>>),
+}
+
+/// A Python class or function by its names.
+#[derive(Clone, Copy, Debug)]
+pub(super) struct Function<'a> {
+    module: &'a str,
+    name: &'a str,
 }
 
 /// The elements behind tensors, by their name in the file.
@@ -105,9 +112,9 @@ impl<'a> TensorRef<'a> {
     }
 
     /// Where each element stands in the storage, in row-major order.
-    pub(super) fn indices(&self) -> candle_core::Result<Vec<u32>> {
+    pub(super) fn indices(&self) -> Result<Vec<u32>, String> {
         if u32::try_from(self.storage.numel).is_err() {
-            candle_core::bail!("strides {:?} in a storage of {} elements", self.strides, self.storage.numel);
+            return Err(format!("strides {:?} in a storage of {} elements, which are too many", self.strides, self.storage.numel));
         }
         let mut all = vec![self.offset as u32];
         for (&d, &s) in self.shape.iter().zip(&self.strides) {
@@ -169,8 +176,8 @@ fn describe(nodes: &[Node], value: Value) -> String {
             Some(Node::Dict(_)) => "a dictionary",
             Some(Node::Storage(_)) => "a storage",
             Some(Node::Tensor(_)) => "a tensor",
-            Some(Node::Global(module, name)) => return format!("the function or class {module}.{name}"),
-            Some(Node::Opaque(module, name)) => return format!("an object made by {module}.{name}"),
+            Some(Node::Global(f)) => return format!("the function or class {}.{}", f.module, f.name),
+            Some(Node::Opaque(f)) => return format!("an object made by {}.{}", f.module, f.name),
             None => "nothing",
         },
     };
@@ -189,7 +196,7 @@ pub(super) fn read(bytes: &[u8]) -> Result<Object<'_>, String> {
         at: 0,
         stack: Vec::with_capacity(room),
         marks: Vec::new(),
-        memo: HashMap::new(),
+        memo: BTreeMap::new(),
         nodes: Vec::with_capacity(room),
         depths: Vec::with_capacity(room),
         tensors: 0,
@@ -210,7 +217,8 @@ struct Machine<'a> {
     stack: Vec<Value<'a>>,
     /// Heights of the stack that MARK noted.
     marks: Vec<usize>,
-    memo: HashMap<u32, Value<'a>>,
+    /// Grows by small steps, which a hash table does not.
+    memo: BTreeMap<u32, Value<'a>>,
     nodes: Vec<Node<'a>>,
     /// Levels inside each node, known when it was made.
     depths: Vec<u8>,
@@ -517,16 +525,19 @@ impl<'a> Machine<'a> {
         if builtin || REFUSED_MODULES.contains(&module.split('.').next().unwrap_or_default()) {
             return Err(format!("asks Python to call {module}.{name}: an attack, not a file of weights"));
         }
-        self.make(Node::Global(module, name))
+        self.make(Node::Global(Box::new(Function { module, name })))
     }
 
     /// What `function(*args)` stands for.
     fn call(&mut self, function: Value<'a>, args: Value<'a>) -> Result<(), String> {
         let Some(Node::Tuple(args)) = self.node(args) else { return Err("a function is called without a tuple".to_string()) };
-        let &Node::Global(module, name) = self.node(function).ok_or("something is called that is no function")? else {
-            return self.make(Node::Opaque("a call of", "an object"));
+        let callee = match self.node(function) {
+            Some(Node::Global(callee)) => **callee,
+            // An object made by an object.
+            Some(Node::Opaque(callee)) => return self.make(Node::Opaque(callee.clone())),
+            _ => return Err(format!("{} is called", describe(&self.nodes, function))),
         };
-        let made = match (module, name, args.as_slice()) {
+        let made = match (callee.module, callee.name, args.as_slice()) {
             ("torch._utils", "_rebuild_tensor_v2", [storage, offset, shape, strides, _, ..])
             | ("torch._utils", "_rebuild_tensor", [storage, offset, shape, strides]) => {
                 let Some(Node::Storage(storage)) = self.node(*storage) else { return Err("a tensor without a storage".to_string()) };
@@ -553,13 +564,13 @@ impl<'a> Machine<'a> {
             ("torch._utils", "_rebuild_tensor_v2" | "_rebuild_tensor", _) => {
                 return Err("a tensor from another number of arguments than torch.save writes".to_string());
             }
-            _ => Node::Opaque(module, name),
+            _ => Node::Opaque(Box::new(callee)),
         };
         self.make(made)
     }
 
     fn is_tensor_function(&self, function: Value<'a>) -> bool {
-        matches!(self.node(function), Some(Node::Global("torch._utils", _)))
+        matches!(self.node(function), Some(Node::Global(f)) if f.module == "torch._utils")
     }
 
     fn items(&self, value: Value<'a>) -> Result<&[Value<'a>], String> {
@@ -597,10 +608,8 @@ impl<'a> Machine<'a> {
         if !matches!(view, [] | [Value::None]) {
             return Err(format!("storage `{key}` is a part of another, as PyTorch before 0.4 wrote; save the file again"));
         }
-        let &Node::Global("torch", class) = self.node(class).ok_or("a storage without a class")? else {
-            return Err(format!("storage `{key}` is of a class that torch.save does not write"));
-        };
-        let element = match class {
+        let Some(Node::Global(class)) = self.node(class) else { return Err(format!("storage `{key}` has no class")) };
+        let element = match class.name {
             "FloatStorage" => Element::F32,
             "DoubleStorage" => Element::F64,
             "HalfStorage" => Element::F16,
@@ -611,7 +620,7 @@ impl<'a> Machine<'a> {
             "CharStorage" => Element::I8,
             "ByteStorage" => Element::U8,
             "BoolStorage" => Element::Bool,
-            _ => return Err(format!("storage `{key}` is a torch.{class}, which is not supported")),
+            _ => return Err(format!("storage `{key}` is a {}.{}, which is not supported", class.module, class.name)),
         };
         let numel = self.dims(&[numel])?[0];
         element.bytes(&[numel]).ok_or_else(|| format!("storage `{key}` of {numel} elements"))?;
