@@ -268,7 +268,7 @@ fn without_kinks(f: &Fixture, network: &Network, null: &BTreeSet<String>, total:
     let exact = crate::golden::network(f, DType::F64);
     lift(&exact);
     lift(network);
-    for tag in ["+1", "+2", "+3", "+4"] {
+    for tag in ["+1", "+2", "+3", "+4", "+5", "+6"] {
         let (truth, found) = (step(f, &exact, tag), step(f, network, tag));
         let pairs = truth.gradients.iter().zip(&found.gradients).filter(|(t, _)| !null.contains(&t.0));
         let mut deviations: Vec<f64> = pairs
