@@ -63,7 +63,7 @@ pub enum Error {
 /// Every key that keeps weights from fitting a network.
 #[derive(thiserror::Error, Clone, Debug, PartialEq, Eq)]
 #[error(
-    "{}: not the weights of {network} (keys read as {mapping}){}{}{}",
+    "{}: not the weights of {network} (names: {mapping}){}{}{}",
     path.display(),
     list("missing", missing.iter().cloned()),
     list("unexpected", unexpected.iter().cloned()),

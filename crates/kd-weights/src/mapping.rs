@@ -17,10 +17,10 @@ struct Dialect {
 }
 
 static DIALECTS: &[Dialect] = &[
-    Dialect { name: "they are", rename: |key| Some(key.into()) },
-    Dialect { name: "those of a distiller's student", rename: student },
-    Dialect { name: "theirs with fc for linear", rename: |key| Some(swap(key, &[("fc.", "linear.")])) },
-    Dialect { name: "theirs with linear for fc", rename: |key| Some(swap(key, &[("linear.", "fc.")])) },
+    Dialect { name: "as they are", rename: |key| Some(key.into()) },
+    Dialect { name: "a distiller's student", rename: student },
+    Dialect { name: "fc for linear", rename: |key| Some(swap(key, &[("fc.", "linear.")])) },
+    Dialect { name: "linear for fc", rename: |key| Some(swap(key, &[("linear.", "fc.")])) },
     Dialect { name: "torchvision's", rename: |key| Some(swap(key, &[("fc.", "linear."), (".downsample.", ".shortcut.")])) },
     Dialect { name: "KD++'s WRN", rename: |key| Some(swap(key, &[("bn.", "bn1.")])) },
     Dialect { name: "MMClassification's", rename: |key| Some(swap(key, &[("backbone.", ""), ("head.fc.", "fc.")])) },

@@ -500,6 +500,8 @@ impl<'a> Machine<'a> {
 
     fn append(&mut self, mut items: Vec<Value<'a>>) -> Result<(), String> {
         match self.container(&items)? {
+            // Most are filled once: not more room than for that.
+            Node::List(list) if list.is_empty() => *list = items,
             Node::List(list) => list.append(&mut items),
             Node::Opaque(..) => {}
             _ => return Err("an item is put into a value that is no list".to_string()),
@@ -513,6 +515,7 @@ impl<'a> Machine<'a> {
             return Err("a key without a value".to_string());
         }
         match self.container(&items)? {
+            Node::Dict(dict) if dict.is_empty() => *dict = entries.collect(),
             Node::Dict(dict) => dict.extend(entries),
             Node::Opaque(..) => {}
             _ => return Err("an entry is put into a value that is no dictionary".to_string()),

@@ -41,7 +41,7 @@ fn a_state_dict_fits_its_network_in_any_type() {
         let cast = |t: &Tensor| if t.dtype().is_float() { ((t * 16.0).unwrap()).to_dtype(dtype).unwrap() } else { t.clone() };
         let weights: Vec<_> = state(&from).iter().map(|(name, t)| (name.clone(), cast(t))).collect();
         let report = load_into(&into, &file(weights.clone()), &LoadOptions::default()).unwrap();
-        assert_eq!((report.loaded, report.mapping), (56, "they are"));
+        assert_eq!((report.loaded, report.mapping), (56, "as they are"));
         let expected: Vec<_> = weights.iter().map(|(name, t)| (name.clone(), values(t))).collect();
         assert_eq!(numbers(&into), expected, "{dtype:?}");
     }
@@ -101,7 +101,7 @@ fn numbers_must_be_finite_in_the_network_s_type() {
 #[test]
 fn absent_counters_are_zero_and_lists_of_one_count() {
     let (from, into) = (net("resnet8", 10, 1), net("resnet8", 10, 2));
-    into.parameters().set_counters(&vec![7; 9]).unwrap();
+    into.parameters().set_counters(&[7; 9]).unwrap();
     let mut weights = state(&from);
     weights.retain(|(name, _)| !name.ends_with("num_batches_tracked"));
     weights.push(("bn1.num_batches_tracked".to_string(), Tensor::new(&[5i64], &Device::Cpu).unwrap()));
@@ -143,10 +143,11 @@ fn a_new_head_keeps_its_own_numbers() {
 #[test]
 fn other_projects_names_are_understood() {
     let swapped = |name: &str, parts: &[(&str, &str)]| parts.iter().fold(name.to_string(), |n, (from, to)| n.replacen(from, to, 1));
-    let cases: [(&str, &str, &dyn Fn(&str) -> String); 8] = [
-        ("resnet8", "those of a distiller's student", &|n| format!("student.{n}")),
-        ("ShuffleV1", "theirs with fc for linear", &|n| swapped(n, &[("linear.", "fc.")])),
-        ("resnet20", "theirs with linear for fc", &|n| swapped(n, &[("fc.", "linear.")])),
+    type Case<'a> = (&'a str, &'a str, &'a dyn Fn(&str) -> String);
+    let cases: [Case; 8] = [
+        ("resnet8", "a distiller's student", &|n| format!("student.{n}")),
+        ("ShuffleV1", "fc for linear", &|n| swapped(n, &[("linear.", "fc.")])),
+        ("resnet20", "linear for fc", &|n| swapped(n, &[("fc.", "linear.")])),
         ("ResNet18", "torchvision's", &|n| swapped(n, &[("linear.", "fc."), (".shortcut.", ".downsample.")])),
         ("wrn_16_1", "KD++'s WRN", &|n| if n.starts_with("bn1.") { swapped(n, &[("bn1.", "bn.")]) } else { n.to_string() }),
         ("imagenet_resnet18", "MMClassification's", &|n| {

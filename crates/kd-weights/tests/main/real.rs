@@ -31,7 +31,7 @@ fn published_weights_fit_the_zoo() {
     let Some(folder) = folder() else { return };
     let cases: [(Case, &[Figures]); 7] = [
         (
-            ("chenyaofo/cifar100_resnet20.pth", "resnet20", 100, 128, 128, "they are"),
+            ("chenyaofo/cifar100_resnet20.pth", "resnet20", 100, 128, 128, "as they are"),
             &[
                 ("conv1.weight", 0.09025099128484726, -0.02066941373050213, -0.4869781823363155),
                 ("bn1.num_batches_tracked", 38808.0, 38808.0, 38808.0),
@@ -42,7 +42,7 @@ fn published_weights_fit_the_zoo() {
             ],
         ),
         (
-            ("chenyaofo/cifar100_resnet56.pth", "resnet56", 100, 344, 344, "they are"),
+            ("chenyaofo/cifar100_resnet56.pth", "resnet56", 100, 344, 344, "as they are"),
             &[
                 ("conv1.weight", 0.0219969991594553, -0.025289997458457947, -1.3746162167517468),
                 ("bn1.num_batches_tracked", 37828.0, 37828.0, 37828.0),
@@ -51,7 +51,7 @@ fn published_weights_fit_the_zoo() {
             ],
         ),
         (
-            ("chenyaofo/cifar10_resnet20.pth", "resnet20", 10, 128, 128, "they are"),
+            ("chenyaofo/cifar10_resnet20.pth", "resnet20", 10, 128, 128, "as they are"),
             &[
                 ("conv1.weight", 0.10722458362579346, 0.030285567045211792, -1.9453305034529649),
                 ("layer1.0.bn1.running_var", 0.05391710251569748, 0.01660013385117054, 0.5153561076149344),
@@ -59,14 +59,14 @@ fn published_weights_fit_the_zoo() {
             ],
         ),
         (
-            ("chenyaofo/cifar10_resnet56.pth", "resnet56", 10, 344, 344, "they are"),
+            ("chenyaofo/cifar10_resnet56.pth", "resnet56", 10, 344, 344, "as they are"),
             &[
                 ("conv1.weight", -0.05675137788057327, 0.03226915001869202, -0.2634886672021821),
                 ("fc.bias", -0.012112556025385857, -0.011554480530321598, -3.096926957368851e-05),
             ],
         ),
         (
-            ("akamaster/resnet20-12fca82f.th", "resnet20_a", 10, 97, 97, "they are"),
+            ("akamaster/resnet20-12fca82f.th", "resnet20_a", 10, 97, 97, "as they are"),
             &[
                 ("conv1.weight", -0.13818146288394928, 0.3087101876735687, 1.3100982000032673),
                 ("layer2.1.bn2.running_var", 0.8202887177467346, 0.39068177342414856, 14.657966658473015),
@@ -76,7 +76,7 @@ fn published_weights_fit_the_zoo() {
             ],
         ),
         (
-            ("akamaster/resnet32-d509ac18.th", "resnet32_a", 10, 157, 157, "they are"),
+            ("akamaster/resnet32-d509ac18.th", "resnet32_a", 10, 157, 157, "as they are"),
             &[
                 ("conv1.weight", 0.40355396270751953, 0.38600531220436096, 1.961148000027606),
                 ("layer2.1.bn2.running_var", 0.05394189432263374, 0.13198770582675934, 2.55939750388643),
