@@ -196,8 +196,8 @@ impl GraphBuilder {
     pub fn conv(&mut self, name: &str, conv: Conv) -> NodeId {
         let cin = self.channels();
         if conv.groups == 0
-            || cin % conv.groups.max(1) != 0
-            || conv.out % conv.groups.max(1) != 0
+            || !cin.is_multiple_of(conv.groups.max(1))
+            || !conv.out.is_multiple_of(conv.groups.max(1))
             || conv.kernel.contains(&0)
             || conv.stride.contains(&0)
         {

@@ -171,13 +171,12 @@ impl Network {
         let piece = self.graph.piece(start, &targets)?;
         // Folded batch norms have no gradient of their own.
         let folded = tracked && matches!(mode, Mode::Eval);
+        let job = fused::Job { graph: &self.graph, params: &self.params, x, from: start, piece: &piece, wanted: &targets, mode, tracked };
         let found = if !folded && self.use_fused(&piece)? {
-            let job =
-                fused::Job { graph: &self.graph, params: &self.params, x, from: start, piece: &piece, wanted: &targets, mode, tracked };
             fused::run(&self.fused, &job, self.precision)?
         } else {
             self.graph.shapes(start, &x.dims()[1..], &piece)?;
-            reference::run(&self.graph, &self.params, x, start, &piece, &targets, mode, tracked)?
+            reference::run(&job)?
         };
         let at = |node: NodeId| targets.binary_search(&node).ok().map(|i| found[i].clone());
         Ok(Outputs::new(wanted.iter().zip(cuts).filter_map(|(&cut, node)| at(node).map(|t| (cut, t)))))

@@ -5,22 +5,15 @@
 use candle_core::{DType, Tensor};
 use kd_core::{Mode, Params, Result, Rng};
 
-use crate::graph::{BatchNorm, Graph, NodeId, Op};
+use crate::fused::Job;
+use crate::graph::{BatchNorm, NodeId, Op};
 use crate::ops::{self, ConvArgs};
 
-/// Runs the nodes of `piece`, given the tensor `x` at `from`, and returns the tensors at `wanted`.
+/// Runs a piece; the outputs in the order of `job.wanted`.
 ///
-/// With `tracked`, gradients flow into the parameters' leaf variables.
-pub fn run(
-    graph: &Graph,
-    params: &Params,
-    x: &Tensor,
-    from: NodeId,
-    piece: &[NodeId],
-    wanted: &[NodeId],
-    mode: Mode,
-    tracked: bool,
-) -> Result<Vec<Tensor>> {
+/// With `job.tracked`, gradients flow into the parameters' leaf variables.
+pub fn run(job: &Job<'_>) -> Result<Vec<Tensor>> {
+    let Job { graph, params, x, from, piece, wanted, mode, tracked } = *job;
     let leaves: Vec<Tensor> =
         params.leaves()?.iter().map(|v| if tracked { v.as_tensor().clone() } else { v.as_detached_tensor() }).collect();
     // A tensor is dropped after its last use, so that a run without gradients holds few of them.
