@@ -183,6 +183,7 @@ pub(super) fn supports(graph: &Graph, id: NodeId) -> bool {
 }
 
 /// Compiles a piece for inputs of shape `given` (without the batch).
+#[expect(clippy::too_many_arguments, reason = "what a plan is compiled for")]
 pub(super) fn compile(
     level: Level,
     graph: &Graph,

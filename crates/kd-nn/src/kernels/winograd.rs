@@ -104,6 +104,7 @@ impl Winograd {
     }
 
     /// Convolves `images` padded images `x` into `out`, overwriting it or adding to it.
+    #[expect(clippy::too_many_arguments, reason = "operands of one convolution")]
     pub(crate) fn forward(
         &self,
         images: usize,
