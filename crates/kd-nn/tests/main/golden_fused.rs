@@ -76,7 +76,11 @@ fn layer(b: &mut GraphBuilder, op: &str, p: &Value, weight: Option<&Tensor>) -> 
                 ceil: p["ceil_mode"].as_bool().unwrap(),
                 count_include_pad: p["count_include_pad"].as_bool().unwrap_or(true),
             };
-            if op == "max_pool2d" { b.max_pool(pool) } else { b.avg_pool(pool) };
+            if op == "max_pool2d" {
+                b.max_pool(pool)
+            } else {
+                b.avg_pool(pool)
+            };
         }
         "adaptive_avg_pool2d" => drop(b.layer(Op::AdaptiveAvgPool { output: pair("output_size") })),
         "channel_shuffle" => drop(b.layer(Op::ChannelShuffle { groups: p["groups"].as_u64().unwrap() as usize })),
