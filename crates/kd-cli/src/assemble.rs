@@ -1,7 +1,6 @@
 //! From names and configs to built objects: networks, weights, methods, data.
 
 use std::collections::BTreeMap;
-use std::path::Path;
 use std::sync::LazyLock;
 
 use anyhow::{Context, Result, bail};
@@ -185,9 +184,4 @@ pub fn data(config: &Config, splits: &Splits, views: usize, device: &Device) -> 
         class_means: None,
         class_groups: splits.info.groups.clone(),
     })
-}
-
-/// Reads a weight file; the error names it.
-pub fn weights(path: &Path) -> Result<WeightFile> {
-    kd_weights::read(path).with_context(|| format!("weights {}", path.display()))
 }

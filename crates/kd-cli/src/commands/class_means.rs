@@ -45,7 +45,7 @@ pub struct ClassMeans {
 
 /// Runs the command.
 pub fn run(args: &ClassMeans) -> Result<()> {
-    let file = assemble::weights(&args.weights)?;
+    let file = kd_weights::read(&args.weights)?;
     let name = args.model.clone().or_else(|| file.metadata.get("model").cloned());
     let name = name.context("--model: the weights do not say which network they belong to")?;
     let splits = kd_data::open(&args.data)?.select(&kd_data::Options { train_limit: args.train_limit, ..Default::default() }, 1)?;

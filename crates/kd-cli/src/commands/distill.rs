@@ -195,6 +195,9 @@ fn row(label: &str, network: &Network, top1: f64, best: Option<f64>, images: usi
     })
 }
 
+/// How a teacher's training ended, and the number of images it saw.
+type Trained = (RunResult, usize);
+
 /// What all runs of one command share.
 pub(crate) struct Session<'a> {
     pub(crate) config: &'a Config,
@@ -235,12 +238,12 @@ impl Session<'_> {
         Ok(())
     }
 
-    /// A teacher with weights, or one that is trained first (with its result and the number of images it saw).
-    fn teacher(&self, teacher: &TeacherConfig, splits: &Splits, place: &Path) -> Result<(Arc<Network>, Option<(RunResult, usize)>)> {
+    /// A teacher with weights, or one that is trained first.
+    fn teacher(&self, teacher: &TeacherConfig, splits: &Splits, place: &Path) -> Result<(Arc<Network>, Option<Trained>)> {
         let shape = splits.info.shape;
         let classes = splits.info.class_names.len();
         if let Some(path) = &teacher.weights {
-            let file = assemble::weights(Path::new(path))?;
+            let file = kd_weights::read(Path::new(path))?;
             let network = assemble::network_from(&teacher.model, None, &file, shape, DType::F32, &self.device)
                 .with_context(|| format!("teacher {}, weights {path}", teacher.name))?;
             let outputs = network.spec().classes;
@@ -284,7 +287,7 @@ impl Session<'_> {
         let model = &config.student.model;
         let network = match &config.student.weights {
             Some(path) => {
-                let file = assemble::weights(Path::new(path))?;
+                let file = kd_weights::read(Path::new(path))?;
                 assemble::network_from(model, Some(classes), &file, shape, DType::F32, &self.device)
                     .with_context(|| format!("student, weights {path}"))?
             }

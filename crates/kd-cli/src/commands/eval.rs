@@ -61,7 +61,7 @@ enum Split {
 /// Runs the command.
 pub fn run(args: &Eval) -> Result<()> {
     let device = assemble::device(&args.device)?;
-    let file = assemble::weights(&args.weights)?;
+    let file = kd_weights::read(&args.weights)?;
     let splits = kd_data::open(&args.data)?;
     let data = if args.split == Split::Test { splits.test()? } else { splits.train()? };
     let name = args

@@ -90,7 +90,7 @@ pub fn run(args: &Forward) -> Result<()> {
     if args.weights == "splitmix64" {
         kd_models::recipe::load(network.parameters())?;
     } else {
-        let file = assemble::weights(Path::new(&args.weights))?;
+        let file = kd_weights::read(Path::new(&args.weights))?;
         kd_weights::load_into(&network, &file, &kd_weights::LoadOptions::default()).with_context(|| args.weights.clone())?;
     }
 
