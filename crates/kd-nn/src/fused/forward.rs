@@ -17,8 +17,8 @@ use crate::kernels::tile::Activation;
 use crate::kernels::{Level, elementwise, layout};
 use crate::reference;
 
-/// Packed weights by step, kept from run to run while the parameters stay.
-pub(super) type Packs = Mutex<Vec<Option<Arc<Packed>>>>;
+/// Packed weights by step.
+pub(super) type Packs = Arc<Vec<Option<Arc<Packed>>>>;
 
 /// One run of a plan: what it read, and what it leaves for the backward pass.
 pub(super) struct Tape {
@@ -29,7 +29,7 @@ pub(super) struct Tape {
     /// Outputs by node; those that nobody needs any more are gone.
     values: Vec<Option<Value>>,
     /// Packed weights by step.
-    packed: Vec<Option<Arc<Packed>>>,
+    packed: Packs,
     /// The stream of dropout and drop-path; without it there are none.
     rng: Option<Rng>,
     /// Whether parameters get gradients.
@@ -46,25 +46,26 @@ pub(super) struct Purpose {
     pub input: bool,
 }
 
+/// A plan about to be run.
+pub(super) struct Batch<'a> {
+    pub plan: &'a Arc<Plan>,
+    pub params: &'a Arc<Params>,
+    pub packed: Packs,
+    pub purpose: Purpose,
+}
+
 impl Tape {
-    /// Runs the plan on `images` images `x`.
-    pub(super) fn run(
-        plan: &Arc<Plan>,
-        params: &Arc<Params>,
-        packs: &Packs,
-        pool: &Pool,
-        x: Buffer,
-        images: usize,
-        purpose: Purpose,
-    ) -> Result<Self> {
+    /// Runs the plan on the images `x`.
+    pub(super) fn run(job: &Batch, x: Buffer, lanes: Lanes, pool: &Pool) -> Result<Self> {
+        let (plan, purpose) = (job.plan, job.purpose);
         let keep = purpose.params || purpose.input;
         let mut tape = Self {
             plan: plan.clone(),
-            params: params.clone(),
-            lanes: Lanes::new(images),
+            params: job.params.clone(),
+            lanes,
             pool: pool.clone(),
             values: vec![None; plan.shapes.len()],
-            packed: pack(plan, params, packs, pool, purpose)?,
+            packed: job.packed.clone(),
             rng: if let Mode::Train(rng) = purpose.mode { Some(rng) } else { None },
             tracked: purpose.params,
         };
@@ -350,52 +351,72 @@ pub(super) fn clear(padded: &Padded, images: &mut [f32]) {
     images.chunks_exact_mut(padded.len()).for_each(|whole| padded.clear_border(whole));
 }
 
-/// Packs the weights that have changed since they were packed last.
-fn pack(plan: &Plan, params: &Params, packs: &Packs, pool: &Pool, purpose: Purpose) -> Result<Vec<Option<Arc<Packed>>>> {
-    let mut cache = packs.lock().unwrap_or_else(|e| e.into_inner());
-    cache.resize(plan.steps.len(), None);
-    let (values_version, stats_version) = (params.values().version(), params.stats().version());
-    let job = |step: &Step, old: &Option<Arc<Packed>>, values: &[f32], stats: &[f32]| {
-        let Kind::Conv(conv) = &step.kind else { return None };
-        let versions = (values_version, if conv.fold.is_some() { stats_version } else { 0 });
-        let backward = plan.wants_grad(conv.x, purpose.params, purpose.input);
-        match old {
-            Some(p) if p.versions == versions && (p.backward.is_some() || !backward) => Some(p.clone()),
-            _ => Some(Arc::new(pack_one(conv, params, values, stats, pool, backward, versions))),
-        }
-    };
-    *cache = params.values().read::<f32, _>(|values| {
-        params.stats().read::<f32, Vec<_>>(|stats| {
-            plan.steps.par_iter().zip(cache.par_iter()).map(|(step, old)| job(step, old, values, stats)).collect()
+/// Packs the weights that have changed since they were packed last; `cache` keeps them from run to run.
+pub(super) fn pack(plan: &Plan, params: &Params, cache: &Mutex<Packs>, pool: &Pool, purpose: Purpose) -> Result<Packs> {
+    let mut cache = cache.lock().unwrap_or_else(|e| e.into_inner());
+    let versions = (params.values().version(), params.stats().version());
+    let tasks: Vec<Option<Task>> = plan
+        .steps
+        .iter()
+        .enumerate()
+        .map(|(at, step)| {
+            let Kind::Conv(conv) = &step.kind else { return None };
+            let versions = (versions.0, if conv.fold.is_some() { versions.1 } else { 0 });
+            let backward = plan.wants_grad(conv.x, purpose.params, purpose.input);
+            let old = cache.get(at).and_then(Option::as_ref);
+            let old = old.filter(|p| p.versions == versions && (p.backward.is_some() || !backward)).cloned();
+            Some(Task { conv, versions, backward, old })
         })
-    })??;
+        .collect();
+    if tasks.iter().flatten().any(|t| t.old.is_none()) {
+        *cache = Arc::new(params.values().read::<f32, _>(|values| {
+            params.stats().read::<f32, Vec<_>>(|stats| {
+                let task = |t: &Task| t.old.clone().unwrap_or_else(|| Arc::new(t.pack(params, values, stats, pool)));
+                tasks.par_iter().map(|t| t.as_ref().map(task)).collect()
+            })
+        })??);
+    }
     Ok(cache.clone())
 }
 
-fn pack_one(step: &ConvStep, params: &Params, values: &[f32], stats: &[f32], pool: &Pool, backward: bool, versions: (u64, u64)) -> Packed {
-    let of = |index: usize| &values[params.entries()[index].range()];
-    let (mut weight, mut bias) = (of(step.weight), step.bias.map(|b| of(b).to_vec()));
-    let folded;
-    if let Some(bn) = &step.fold {
-        let stat = |index: usize| &stats[params.stat_entries()[index].range()];
-        let (mean, var) = (stat(bn.running.0), stat(bn.running.1));
-        let per_output = weight.len() / bn.channels;
-        let scale: Vec<f64> =
-            (0..bn.channels).map(|c| bn.affine.map_or(1.0, |(g, _)| f64::from(of(g)[c])) / (f64::from(var[c]) + bn.eps).sqrt()).collect();
-        let shift = |c: usize| {
-            let own = bias.as_ref().map_or(0.0, |b| f64::from(b[c]));
-            bn.affine.map_or(0.0, |(_, b)| f64::from(of(b)[c])) + (own - f64::from(mean[c])) * scale[c]
-        };
-        bias = Some((0..bn.channels).map(|c| shift(c) as f32).collect());
-        folded = weight.iter().enumerate().map(|(i, w)| (f64::from(*w) * scale[i / per_output]) as f32).collect::<Vec<_>>();
-        weight = &folded;
+/// The weights of a convolution to be packed.
+struct Task<'a> {
+    conv: &'a ConvStep,
+    versions: (u64, u64),
+    /// Whether the input gradient needs them too.
+    backward: bool,
+    /// As they were packed before, if nothing has changed since.
+    old: Option<Arc<Packed>>,
+}
+
+impl Task<'_> {
+    fn pack(&self, params: &Params, values: &[f32], stats: &[f32], pool: &Pool) -> Packed {
+        let step = self.conv;
+        let of = |index: usize| &values[params.entries()[index].range()];
+        let (mut weight, mut bias) = (of(step.weight), step.bias.map(|b| of(b).to_vec()));
+        let folded;
+        if let Some(bn) = &step.fold {
+            let stat = |index: usize| &stats[params.stat_entries()[index].range()];
+            let (mean, var) = (stat(bn.running.0), stat(bn.running.1));
+            let per_output = weight.len() / bn.channels;
+            let scale: Vec<f64> = (0..bn.channels)
+                .map(|c| bn.affine.map_or(1.0, |(g, _)| f64::from(of(g)[c])) / (f64::from(var[c]) + bn.eps).sqrt())
+                .collect();
+            let shift = |c: usize| {
+                let own = bias.as_ref().map_or(0.0, |b| f64::from(b[c]));
+                bn.affine.map_or(0.0, |(_, b)| f64::from(of(b)[c])) + (own - f64::from(mean[c])) * scale[c]
+            };
+            bias = Some((0..bn.channels).map(|c| shift(c) as f32).collect());
+            folded = weight.iter().enumerate().map(|(i, w)| (f64::from(*w) * scale[i / per_output]) as f32).collect::<Vec<_>>();
+            weight = &folded;
+        }
+        let mut forward = pool.take(step.conv.forward_len());
+        step.conv.pack_forward(weight, &mut forward);
+        let backward = self.backward.then(|| {
+            let mut panels = pool.take(step.conv.backward_len());
+            step.conv.pack_backward(weight, &mut panels);
+            panels
+        });
+        Packed { versions: self.versions, forward, backward, bias }
     }
-    let mut forward = pool.take(step.conv.forward_len());
-    step.conv.pack_forward(weight, &mut forward);
-    let backward = backward.then(|| {
-        let mut panels = pool.take(step.conv.backward_len());
-        step.conv.pack_backward(weight, &mut panels);
-        panels
-    });
-    Packed { versions, forward, backward, bias }
 }

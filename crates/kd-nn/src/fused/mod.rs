@@ -16,34 +16,41 @@ use kd_core::{Mode, Params, Result};
 
 use crate::graph::{Graph, NodeId};
 use crate::kernels::Level;
-use crate::kernels::buffer::Pool;
+use crate::kernels::buffer::{Buffer, Pool};
+use crate::kernels::threads::{Lanes, cut, each};
 use crate::network::Precision;
-use forward::{Packs, Purpose, Tape};
+use forward::{Batch, Packs, Purpose, Tape};
 use plan::Plan;
 
 /// Buffers and compiled plans of one network.
 pub struct State {
     level: Level,
     pool: Pool,
-    plans: Mutex<Vec<(Key, Arc<Compiled>)>>,
+    /// Memory of each thread's own, for what a thread does alone.
+    own: Mutex<Vec<Pool>>,
+    plans: Mutex<Vec<(Key, Arc<Vec<Link>>)>>,
 }
 
-/// What a plan is compiled for.
+/// What a piece is compiled for.
 #[derive(PartialEq, Eq)]
 struct Key {
     from: NodeId,
     given: Vec<usize>,
     wanted: Vec<NodeId>,
     batch: bool,
+    tracked: bool,
     precision: Precision,
 }
 
-struct Compiled {
+/// A plan, and the packed weights of its last run.
+struct Link {
     plan: Arc<Plan>,
-    packs: Packs,
+    packs: Mutex<Packs>,
+    /// Images that a thread takes through it at a time; all of the batch at once where there is none.
+    group: Option<usize>,
 }
 
-/// Plans that a network keeps: pieces times input sizes times modes that are in use at the same time.
+/// Compiled pieces that a network keeps: pieces times input sizes times modes in use at the same time.
 const PLANS: usize = 32;
 
 impl Default for State {
@@ -55,29 +62,42 @@ impl Default for State {
 impl State {
     /// For kernels of the given level.
     pub fn new(level: Level) -> Self {
-        Self { level, pool: Pool::default(), plans: Mutex::default() }
+        Self { level, pool: Pool::default(), own: Mutex::default(), plans: Mutex::default() }
     }
 
-    fn compiled(&self, job: &Job, precision: Precision) -> Result<Arc<Compiled>> {
+    /// The plans of a piece, one after another: several where nothing is kept and every image is on its own.
+    fn compiled(&self, job: &Job, precision: Precision) -> Result<Arc<Vec<Link>>> {
         let key = Key {
             from: job.from,
             given: job.x.dims()[1..].to_vec(),
-            wanted: job.wanted.to_vec(),
+            wanted: job.wanted.iter().copied().filter(|&w| w != job.from).collect(),
             batch: !matches!(job.mode, Mode::Eval),
+            tracked: job.tracked || job.x.track_op(),
             precision,
         };
         let mut plans = self.plans.lock().unwrap_or_else(|e| e.into_inner());
         if let Some((_, found)) = plans.iter().find(|(k, _)| *k == key) {
             return Ok(found.clone());
         }
-        let wanted: Vec<NodeId> = job.wanted.iter().copied().filter(|&w| w != job.from).collect();
-        let plan = plan::compile(self.level, job.graph, job.from, &key.given, job.piece, &wanted, key.batch, precision == Precision::Fast)?;
-        let compiled = Arc::new(Compiled { plan: Arc::new(plan), packs: Packs::default() });
+        let source = plan::Source { level: self.level, graph: job.graph, batch: key.batch, fast: precision == Precision::Fast };
+        let alone = !key.batch && !key.tracked;
+        let links = source.chain(job.from, &key.given, job.piece, &key.wanted, alone)?;
+        let link = |(plan, group)| Link { plan: Arc::new(plan), packs: Mutex::default(), group };
+        let links = Arc::new(links.into_iter().map(link).collect::<Vec<_>>());
         if plans.len() == PLANS {
             plans.remove(0);
         }
-        plans.push((key, compiled.clone()));
-        Ok(compiled)
+        plans.push((key, links.clone()));
+        Ok(links)
+    }
+
+    /// The memory of `threads` threads.
+    fn own(&self, threads: usize) -> Vec<Pool> {
+        let mut own = self.own.lock().unwrap_or_else(|e| e.into_inner());
+        if own.len() < threads {
+            own.resize_with(threads, Pool::default);
+        }
+        own[..threads].to_vec()
     }
 }
 
@@ -108,19 +128,68 @@ pub fn supports(graph: &Graph, piece: &[NodeId]) -> bool {
 
 /// Runs a piece; the outputs in the order of `job.wanted`.
 pub fn run(state: &State, job: &Job<'_>, precision: Precision) -> Result<Vec<Tensor>> {
-    let compiled = state.compiled(job, precision)?;
+    let links = state.compiled(job, precision)?;
     let images = job.x.dims()[0];
     let purpose = Purpose { mode: job.mode, params: job.tracked, input: job.x.track_op() };
-    let x = node::read(job.x, compiled.plan.shapes[job.from], images, &state.pool)?;
-    let tape = Tape::run(&compiled.plan, job.params, &compiled.packs, &state.pool, x, images, purpose)?;
-    let mut found = if purpose.params || purpose.input {
-        let anchor = Tensor::zeros(1, DType::F32, &Device::Cpu)?;
-        let anchor = if job.tracked { Var::from_tensor(&anchor)?.into_inner() } else { anchor };
-        node::track(tape, job.x, &anchor)?
-    } else {
-        node::outputs(&tape)?
+    let mut found: Vec<(NodeId, Tensor)> = vec![];
+    let mut x = node::read(job.x, links[0].plan.shapes[job.from], images, &state.pool)?;
+    for (at, link) in links.iter().enumerate() {
+        let packed = forward::pack(&link.plan, job.params, &link.packs, &state.pool, purpose)?;
+        let batch = Batch { plan: &link.plan, params: job.params, packed, purpose };
+        if let Some(group) = link.group {
+            let outputs = in_groups(state, &batch, &x, images, group)?;
+            let next = links.get(at + 1).map(|l| l.plan.from);
+            for (node, data) in link.plan.wanted.iter().zip(outputs) {
+                if job.wanted.contains(node) {
+                    found.push((*node, node::tensor(&data, link.plan.shapes[*node], images)?));
+                }
+                if Some(*node) == next {
+                    x = data;
+                }
+            }
+            continue;
+        }
+        let tape = Tape::run(&batch, std::mem::replace(&mut x, state.pool.take(0)), Lanes::new(images), &state.pool)?;
+        if purpose.params || purpose.input {
+            let anchor = Tensor::zeros(1, DType::F32, &Device::Cpu)?;
+            let anchor = if job.tracked { Var::from_tensor(&anchor)?.into_inner() } else { anchor };
+            found.extend(node::track(tape, job.x, &anchor)?);
+        } else {
+            found.extend(node::outputs(&tape)?);
+        }
     }
-    .into_iter();
-    let own = |&w: &NodeId| if w == job.from { Some(job.x.clone()) } else { found.next() };
+    let own = |&w: &NodeId| if w == job.from { Some(job.x.clone()) } else { found.iter().find(|f| f.0 == w).map(|f| f.1.clone()) };
     Ok(job.wanted.iter().filter_map(own).collect())
+}
+
+/// Takes every thread's images through a plan in small groups, whose activations never leave its cache; the wanted outputs of all.
+fn in_groups(state: &State, batch: &Batch, x: &[f32], images: usize, group: usize) -> Result<Vec<Buffer>> {
+    let plan = batch.plan;
+    let len = |node: NodeId| plan.shapes[node].len();
+    let mut outputs: Vec<Buffer> = plan.wanted.iter().map(|&w| state.pool.take(images * len(w))).collect();
+    let shares = Lanes::new(images).shares();
+    let mut parts: Vec<Vec<&mut [f32]>> = shares.iter().map(|_| vec![]).collect();
+    for (buffer, &node) in outputs.iter_mut().zip(&plan.wanted) {
+        let cuts = cut(buffer, shares.iter().map(|s| s.images.len() * len(node)));
+        parts.iter_mut().zip(cuts).for_each(|(part, cut)| part.push(cut));
+    }
+    let pools = state.own(shares.len());
+    let mut results: Vec<Result<()>> = shares.iter().map(|_| Ok(())).collect();
+    let jobs: Vec<_> = shares.into_iter().zip(parts).zip(pools).zip(&mut results).collect();
+    each(jobs, |(((share, mut parts), pool), result)| {
+        let mut run = |start: usize| -> Result<()> {
+            let n = group.min(share.images.end - start);
+            let mut own = pool.take(n * len(plan.from));
+            own.copy_from_slice(&x[start * len(plan.from)..(start + n) * len(plan.from)]);
+            let tape = Tape::run(batch, own, Lanes::alone(n), &pool)?;
+            for (part, &node) in parts.iter_mut().zip(&plan.wanted) {
+                let at = (start - share.images.start) * len(node);
+                part[at..at + n * len(node)].copy_from_slice(&tape.stored(node));
+            }
+            Ok(())
+        };
+        *result = share.images.clone().step_by(group).try_for_each(&mut run);
+    });
+    results.into_iter().collect::<Result<()>>()?;
+    Ok(outputs)
 }

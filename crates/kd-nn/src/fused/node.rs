@@ -37,33 +37,31 @@ struct Tap {
 }
 
 /// The wanted outputs of an untracked run.
-pub(super) fn outputs(tape: &Tape) -> Result<Vec<Tensor>> {
-    tape.plan
-        .wanted
-        .iter()
-        .map(|&node| {
-            let (data, dims) = output(tape, node);
-            present(Tensor::from_vec(data, dims, &Device::Cpu)?, tape.shape(node))
-        })
-        .collect()
+pub(super) fn outputs(tape: &Tape) -> Result<Vec<(NodeId, Tensor)>> {
+    let of = |&node: &NodeId| Ok((node, tensor(&tape.stored(node), tape.shape(node), tape.lanes.images)?));
+    tape.plan.wanted.iter().map(of).collect()
 }
 
 /// The wanted outputs of a run, in candle's graph behind `x` and `anchor`.
-pub(super) fn track(tape: Tape, x: &Tensor, anchor: &Tensor) -> Result<Vec<Tensor>> {
-    let wanted = tape.plan.wanted.clone();
-    let shapes: Vec<Shape> = wanted.iter().map(|&w| tape.shape(w)).collect();
+pub(super) fn track(tape: Tape, x: &Tensor, anchor: &Tensor) -> Result<Vec<(NodeId, Tensor)>> {
+    let wanted: Vec<(NodeId, Shape)> = tape.plan.wanted.iter().map(|&w| (w, tape.shape(w))).collect();
     let piece = Arc::new(Piece { tape, arrived: Mutex::new(vec![None; wanted.len()]) });
     let token = x.apply_op2(anchor, Token(piece.clone()))?;
-    let tap = |(index, shape): (usize, &Shape)| present(token.apply_op1(Tap { piece: piece.clone(), index })?, *shape);
-    shapes.iter().enumerate().map(tap).collect()
+    let tap = |(index, &(node, shape)): (usize, &(NodeId, Shape))| {
+        Ok((node, present(token.apply_op1(Tap { piece: piece.clone(), index })?, shape)?))
+    };
+    wanted.iter().enumerate().map(tap).collect()
 }
 
-/// A copy of a node's output, `[B,H,W,C]` or `[B,C]`.
-fn output(tape: &Tape, node: NodeId) -> (Vec<f32>, Dims) {
-    let (shape, images) = (tape.shape(node), tape.lanes.images);
+/// A copy of images as a tensor of candle's.
+pub(super) fn tensor(data: &[f32], shape: Shape, images: usize) -> Result<Tensor> {
+    present(Tensor::from_vec(data.to_vec(), dims(shape, images), &Device::Cpu)?, shape)
+}
+
+/// `[B,H,W,C]` or `[B,C]`.
+fn dims(shape: Shape, images: usize) -> Dims {
     let [c, h, w] = shape.image;
-    let dims = if shape.vector { Dims::from((images, c)) } else { Dims::from((images, h, w, c)) };
-    (tape.stored(node).to_vec(), dims)
+    if shape.vector { Dims::from((images, c)) } else { Dims::from((images, h, w, c)) }
 }
 
 /// Images `[B,H,W,C]` as candle's `[B,C,H,W]`, a view.
@@ -114,10 +112,7 @@ impl CustomOp2 for Token {
             }
             let from = tape.plan.from;
             let Some(dx) = tape.backward(grads, x.track_op())? else { return Ok(None) };
-            let [c, h, w] = tape.shape(from).image;
-            let shape = tape.shape(from);
-            let dims = if shape.vector { Dims::from((tape.lanes.images, c)) } else { Dims::from((tape.lanes.images, h, w, c)) };
-            Ok(Some(present(Tensor::from_vec(dx.to_vec(), dims, &Device::Cpu)?, shape)?))
+            Ok(Some(tensor(&dx, tape.shape(from), tape.lanes.images)?))
         };
         Ok((run().map_err(candle_core::Error::wrap)?, None))
     }
@@ -129,8 +124,9 @@ impl CustomOp1 for Tap {
     }
 
     fn cpu_fwd(&self, _: &CpuStorage, _: &Layout) -> candle_core::Result<(CpuStorage, Dims)> {
-        let (data, dims) = output(&self.piece.tape, self.piece.tape.plan.wanted[self.index]);
-        Ok((CpuStorage::F32(data), dims))
+        let tape = &self.piece.tape;
+        let node = tape.plan.wanted[self.index];
+        Ok((CpuStorage::F32(tape.stored(node).to_vec()), dims(tape.shape(node), tape.lanes.images)))
     }
 
     fn bwd(&self, token: &Tensor, output: &Tensor, grad: &Tensor) -> candle_core::Result<Option<Tensor>> {

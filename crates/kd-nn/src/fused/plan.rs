@@ -182,56 +182,116 @@ pub(super) fn supports(graph: &Graph, id: NodeId) -> bool {
         }
 }
 
-/// Compiles a piece for inputs of shape `given` (without the batch).
-#[expect(clippy::too_many_arguments, reason = "what a plan is compiled for")]
-pub(super) fn compile(
-    level: Level,
-    graph: &Graph,
-    from: NodeId,
-    given: &[usize],
-    piece: &[NodeId],
-    wanted: &[NodeId],
-    batch: bool,
-    fast: bool,
-) -> Result<Plan> {
-    let shapes: Vec<Shape> = graph.shapes(from, given, piece)?.iter().map(|s| Shape::of(s)).collect();
-    let mut readers = vec![0; shapes.len()];
-    piece.iter().flat_map(|&id| &graph.nodes()[id].inputs).for_each(|&i| readers[i] += 1);
-    let mut compiler = Compiler {
-        level,
-        graph,
-        shapes: &shapes,
-        batch,
-        fast,
-        private: (0..shapes.len()).map(|id| id != from && readers[id] == 1 && !wanted.contains(&id)).collect(),
-        steps: vec![],
-        step_of: vec![usize::MAX; shapes.len()],
-    };
-    piece.iter().for_each(|&id| compiler.node(id));
-    let steps = compiler.steps;
+/// What plans are compiled from, and how.
+#[derive(Clone, Copy)]
+pub(super) struct Source<'a> {
+    pub level: Level,
+    pub graph: &'a Graph,
+    /// Whether batch norms use the batch's statistics.
+    pub batch: bool,
+    /// Whether Winograd's algorithm is allowed.
+    pub fast: bool,
+}
 
-    let mut last_use = vec![0; shapes.len()];
-    let mut trainable = vec![false; shapes.len()];
-    for (at, step) in steps.iter().enumerate() {
-        let inputs = step.inputs();
-        let own = match &step.kind {
-            Kind::Conv(_) => true,
-            Kind::Norm { norm, .. } => norm.affine.is_some(),
-            _ => false,
-        };
-        trainable[step.out] = own || inputs.iter().any(|&i| trainable[i]);
-        inputs.iter().for_each(|&i| last_use[i] = at);
+/// Floats of an activation, times images, that a thread may work on at a time without losing them from its cache.
+const ACTIVATION: usize = 32 * 1024;
+
+impl Source<'_> {
+    /// Compiles a piece for inputs of shape `given` (without the batch).
+    ///
+    /// With `alone`, into a chain of plans, each with the images that a thread best takes through it at a time: it ends where a single
+    /// tensor goes on and the activations become much smaller (or larger).
+    pub(super) fn chain(
+        self,
+        from: NodeId,
+        given: &[usize],
+        piece: &[NodeId],
+        wanted: &[NodeId],
+        alone: bool,
+    ) -> Result<Vec<(Plan, Option<usize>)>> {
+        let shapes: Vec<Shape> = self.graph.shapes(from, given, piece)?.iter().map(|s| Shape::of(s)).collect();
+        if !alone {
+            return Ok(vec![(self.compile(from, &shapes, piece, wanted), None)]);
+        }
+        let mut plans = vec![];
+        let (mut start, mut at) = (from, 0);
+        for (end, group) in self.sections(&shapes, piece) {
+            let nodes = &piece[at..end];
+            let goes_on = end < piece.len();
+            let own: Vec<NodeId> = nodes.iter().copied().filter(|n| wanted.contains(n) || (goes_on && *n == piece[end - 1])).collect();
+            plans.push((self.compile(start, &shapes, nodes, &own), Some(group)));
+            (start, at) = (piece[end - 1], end);
+        }
+        Ok(plans)
     }
-    wanted.iter().for_each(|&w| last_use[w] = usize::MAX);
-    Ok(Plan { level, from, wanted: wanted.to_vec(), steps, shapes, last_use, trainable })
+
+    /// Cuts a piece into sections, each up to (excluding) a place in `piece`, and the images to take through it together.
+    fn sections(&self, shapes: &[Shape], piece: &[NodeId]) -> Vec<(usize, usize)> {
+        let nodes = self.graph.nodes();
+        // The earliest node that anything behind a place still reads.
+        let mut reads = vec![usize::MAX; piece.len() + 1];
+        for (at, &id) in piece.iter().enumerate().rev() {
+            reads[at] = nodes[id].inputs.iter().copied().fold(reads[at + 1], usize::min);
+        }
+        let ends = |at: usize| at == piece.len() || (reads[at] == piece[at - 1] && !absorbed(&nodes[piece[at]].op));
+        let mut sections: Vec<(usize, usize)> = vec![];
+        let (mut largest, mut weight) = (1, 1);
+        for (at, &id) in piece.iter().enumerate() {
+            largest = largest.max(shapes[id].len());
+            if let Op::Conv2d(c) = &nodes[id].op {
+                weight = weight.max(c.out_channels * c.in_channels / c.groups * c.kernel[0] * c.kernel[1]);
+            }
+            if ends(at + 1) {
+                // Weights that fill the cache are to be read for more than a few pixels.
+                let least = if weight > 128 * 1024 { (32 * ACTIVATION / largest).min(32) } else { 1 };
+                let group = (ACTIVATION / largest).max(least).max(1);
+                match sections.last_mut() {
+                    Some((end, old)) if group < 2 * *old && *old < 2 * group => *end = at + 1,
+                    _ => sections.push((at + 1, group)),
+                }
+                (largest, weight) = (1, 1);
+            }
+        }
+        sections
+    }
+
+    fn compile(self, from: NodeId, shapes: &[Shape], piece: &[NodeId], wanted: &[NodeId]) -> Plan {
+        let mut readers = vec![0; shapes.len()];
+        piece.iter().flat_map(|&id| &self.graph.nodes()[id].inputs).for_each(|&i| readers[i] += 1);
+        let mut compiler = Compiler {
+            source: self,
+            shapes,
+            private: (0..shapes.len()).map(|id| id != from && readers[id] == 1 && !wanted.contains(&id)).collect(),
+            steps: vec![],
+            step_of: vec![usize::MAX; shapes.len()],
+        };
+        piece.iter().for_each(|&id| compiler.node(id));
+        let steps = compiler.steps;
+        let mut last_use = vec![0; shapes.len()];
+        let mut trainable = vec![false; shapes.len()];
+        for (at, step) in steps.iter().enumerate() {
+            let inputs = step.inputs();
+            let own = match &step.kind {
+                Kind::Conv(_) => true,
+                Kind::Norm { norm, .. } => norm.affine.is_some(),
+                _ => false,
+            };
+            trainable[step.out] = own || inputs.iter().any(|&i| trainable[i]);
+            inputs.iter().for_each(|&i| last_use[i] = at);
+        }
+        wanted.iter().for_each(|&w| last_use[w] = usize::MAX);
+        Plan { level: self.level, from, wanted: wanted.to_vec(), steps, shapes: shapes.to_vec(), last_use, trainable }
+    }
+}
+
+/// Whether an operation is done by the one before it if it can be.
+fn absorbed(op: &Op) -> bool {
+    matches!(op, Op::BatchNorm(_) | Op::Relu | Op::Relu6 | Op::Add)
 }
 
 struct Compiler<'a> {
-    level: Level,
-    graph: &'a Graph,
+    source: Source<'a>,
     shapes: &'a [Shape],
-    batch: bool,
-    fast: bool,
     /// Nodes that one other node of the piece reads and nobody outside.
     private: Vec<bool>,
     steps: Vec<Step>,
@@ -258,7 +318,7 @@ impl Compiler<'_> {
     }
 
     fn node(&mut self, id: NodeId) {
-        let node = &self.graph.nodes()[id];
+        let node = &self.source.graph.nodes()[id];
         let x = node.inputs.first().copied().unwrap_or(0);
         let channels = self.shapes[x].channels();
         match &node.op {
@@ -327,7 +387,7 @@ impl Compiler<'_> {
     fn conv(&mut self, id: NodeId, x: NodeId, conv: &Conv2d, [h, w]: [usize; 2]) {
         let step = ConvStep {
             x,
-            conv: Conv::new(self.level, conv, h, w, self.fast),
+            conv: Conv::new(self.source.level, conv, h, w, self.source.fast),
             weight: conv.weight,
             bias: conv.bias,
             fold: None,
@@ -339,7 +399,7 @@ impl Compiler<'_> {
     }
 
     fn norm(&mut self, id: NodeId, x: NodeId, norm: &BatchNorm) {
-        let batch = self.batch;
+        let batch = self.source.batch;
         let mut only_reader = false;
         if let Some(Step { kind: Kind::Conv(conv), .. }) = self.absorber(x) {
             if batch {
@@ -371,7 +431,7 @@ impl Compiler<'_> {
     /// With running statistics, a sum is done by the later of its two terms if that is a convolution read by nobody else.
     fn add(&mut self, id: NodeId, a: NodeId, b: NodeId) {
         let (early, late) = if self.step_of[a].wrapping_add(1) < self.step_of[b].wrapping_add(1) { (a, b) } else { (b, a) };
-        if !self.batch
+        if !self.source.batch
             && let Some(Step { kind: Kind::Conv(conv), .. }) = self.absorber(late)
             && conv.residual.is_none()
             && conv.activation == Activation::None

@@ -273,16 +273,14 @@ impl Conv {
         self.fast.map_or(0, |[w, _]| w.product_len())
     }
 
-    /// Images handled together: so few that what is made of them stays in the second-level cache; more when the weights do not, so that
-    /// these are read less often.
+    /// Images handled together: so few that what is made of them stays in the second-level cache, but enough for weights that do not to
+    /// be worth reading.
     pub(crate) fn group(&self) -> usize {
-        let image = self.input.len() + self.out_image();
-        let (len, budget) = match self.fast {
-            Some(_) => (self.work_len(1), 96 * 1024),
-            None if self.weight_len() > 128 * 1024 => (image, 256 * 1024),
-            None => (image, 64 * 1024),
-        };
-        (budget / len).max(1)
+        match self.fast {
+            Some([w, _]) => (96 * 1024 / w.work_len(1)).max(32usize.div_ceil(w.tiles_of_image())).max(1),
+            None if self.weight_len() > 128 * 1024 => (256 * 1024 / (self.input.len() + self.out_image())).max(1),
+            None => (64 * 1024 / (self.input.len() + self.out_image())).max(1),
+        }
     }
 
     fn panels_len(&self, sweeps: &[Sweep], back: bool) -> usize {

@@ -11,6 +11,16 @@
 //! | `threads` | who works on which images; sums that do not depend on it |
 //! | `buffer` | aligned memory that is used again |
 
+/// The same block for each of some numbers. Loops over a tile are not always unrolled, and then the tile is not in registers.
+macro_rules! unroll {
+    ($i:ident in $($n:literal)+ => $body:block) => {
+        $({
+            let $i: usize = $n;
+            $body
+        })+
+    };
+}
+
 pub(crate) mod buffer;
 pub(crate) mod conv;
 mod depthwise;

@@ -19,6 +19,8 @@ pub(crate) const LANES: usize = 16;
 pub(crate) struct Lanes {
     pub images: usize,
     pub count: usize,
+    /// Whether one thread does it all: the calling one.
+    alone: bool,
 }
 
 /// The part of a batch that one thread works on.
@@ -35,7 +37,12 @@ impl Lanes {
 
     /// Fewer lanes, for sums that are too big to have many of.
     pub(crate) fn at_most(images: usize, count: usize) -> Self {
-        Self { images, count: count.min(images) }
+        Self { images, count: count.min(images), alone: false }
+    }
+
+    /// For a part of a batch that the calling thread works on alone.
+    pub(crate) fn alone(images: usize) -> Self {
+        Self { alone: true, ..Self::new(images) }
     }
 
     /// The images of a lane.
@@ -50,7 +57,7 @@ impl Lanes {
 
     /// What each thread of the current pool gets.
     pub(crate) fn shares(&self) -> Vec<Share> {
-        let threads = rayon::current_num_threads().min(self.count);
+        let threads = if self.alone { 1 } else { rayon::current_num_threads().min(self.count) };
         (0..threads)
             .map(|t| {
                 let lanes = t * self.count / threads..(t + 1) * self.count / threads;

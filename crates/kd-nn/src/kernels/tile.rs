@@ -13,6 +13,17 @@
 
 use super::vector::{Kernel, Level, Vector};
 
+/// The rows of a tile one after another.
+macro_rules! rows {
+    ($p:ident < $count:expr => $body:block) => {
+        unroll!($p in 0 1 2 3 4 5 6 7 8 9 10 11 12 13 14 15 => {
+            if $p < $count {
+                $body
+            }
+        })
+    };
+}
+
 /// What happens to a sum before it is stored.
 #[derive(Clone, Copy, Debug, Default, PartialEq, Eq)]
 pub(crate) enum Activation {
@@ -105,12 +116,12 @@ unsafe fn nn_tile<V: Vector, const P: usize, const Q: usize>(t: &Nn, row: usize)
             for q in 0..Q {
                 wv[q] = V::load(w.add(q * V::LANES));
             }
-            for p in 0..P {
+            rows!(p < P => {
                 let b = V::splat(*x.add(p * step));
                 for q in 0..Q {
                     sums[p][q] = sums[p][q].fma(b, wv[q]);
                 }
-            }
+            });
             w = w.add(Q * V::LANES);
             x = x.add(1);
         }
@@ -120,38 +131,38 @@ unsafe fn nn_tile<V: Vector, const P: usize, const Q: usize>(t: &Nn, row: usize)
     if !t.bias.is_null() {
         for q in 0..Q {
             let bias = load::<V, Q>(t.bias, q, tail);
-            for p in 0..P {
+            rows!(p < P => {
                 sums[p][q] = sums[p][q].add(bias);
-            }
+            });
         }
     }
     if !t.residual.is_null() {
-        for p in 0..P {
+        rows!(p < P => {
             for q in 0..Q {
                 sums[p][q] = sums[p][q].add(load::<V, Q>(t.residual.add((row + p) * t.out_step), q, tail));
             }
-        }
+        });
     }
     if t.add {
-        for p in 0..P {
+        rows!(p < P => {
             for q in 0..Q {
                 sums[p][q] = sums[p][q].add(load::<V, Q>(out.add(p * t.out_step), q, tail));
             }
-        }
+        });
     }
     if t.activation != Activation::None {
-        for p in 0..P {
+        rows!(p < P => {
             for q in 0..Q {
                 sums[p][q] = sums[p][q].relu();
             }
-        }
+        });
     }
     if t.activation == Activation::Relu6 {
-        for p in 0..P {
+        rows!(p < P => {
             for q in 0..Q {
                 sums[p][q] = sums[p][q].min(V::splat(6.0));
             }
-        }
+        });
     }
     store(&sums, out, t.out_step, tail);
 }
@@ -180,20 +191,20 @@ unsafe fn load<V: Vector, const Q: usize>(p: *const f32, q: usize, tail: Tail<V>
 /// Stores a tile. Masked stores are slow on some CPUs: only where a row ends inside a vector.
 #[inline(always)]
 unsafe fn store<V: Vector, const P: usize, const Q: usize>(sums: &[[V; Q]; P], out: *mut f32, step: usize, tail: Tail<V>) {
-    for p in 0..P {
+    rows!(p < P => {
         for q in 0..Q - 1 {
             sums[p][q].store(out.add(p * step + q * V::LANES));
         }
-    }
+    });
     let last = out.add((Q - 1) * V::LANES);
     if tail.whole {
-        for p in 0..P {
+        rows!(p < P => {
             sums[p][Q - 1].store(last.add(p * step));
-        }
+        });
     } else {
-        for p in 0..P {
+        rows!(p < P => {
             sums[p][Q - 1].store_masked(last.add(p * step), tail.mask);
-        }
+        });
     }
 }
 
@@ -216,11 +227,11 @@ impl<const P: usize, const Q: usize> Kernel for TnTile<'_, P, Q> {
 unsafe fn tn_tile<V: Vector, const P: usize, const Q: usize>(t: &Tn) {
     let tail = Tail::<V>::of(t.tail);
     let mut sums = [[V::splat(0.0); Q]; P];
-    for p in 0..P {
+    rows!(p < P => {
         for q in 0..Q {
             sums[p][q] = load::<V, Q>(t.out.add(p * t.out_step), q, tail);
         }
-    }
+    });
     for row in 0..t.rows {
         let mut x = t.x.add(row * t.x_row);
         let mut d = t.d.add(row * t.d_row);
@@ -229,12 +240,12 @@ unsafe fn tn_tile<V: Vector, const P: usize, const Q: usize>(t: &Tn) {
             for q in 0..Q {
                 dv[q] = load::<V, Q>(d, q, tail);
             }
-            for p in 0..P {
+            rows!(p < P => {
                 let b = V::splat(*x.add(p));
                 for q in 0..Q {
                     sums[p][q] = sums[p][q].fma(b, dv[q]);
                 }
-            }
+            });
             x = x.wrapping_add(t.x_step);
             d = d.wrapping_add(t.d_step);
         }

@@ -72,9 +72,13 @@ impl Winograd {
         [self.rows.div_ceil(TILE), self.cols.div_ceil(TILE)]
     }
 
+    /// Tiles of an image altogether.
+    pub(crate) fn tiles_of_image(&self) -> usize {
+        self.tiles().iter().product()
+    }
+
     fn count(&self, images: usize) -> usize {
-        let [down, across] = self.tiles();
-        images * down * across
+        images * self.tiles_of_image()
     }
 
     /// Floats from one point's matrix of `n` columns to the next one's.
@@ -144,9 +148,8 @@ impl Winograd {
 /// `B^T d`: six inputs to six points.
 #[inline(always)]
 fn input<V: Vector>(d: [V; 6]) -> [V; 6] {
-    let (two, four, five) = (V::splat(2.0), V::splat(4.0), V::splat(5.0));
-    let neg = |v: V| V::splat(0.0).sub(v);
-    let (minus_four, minus_five, minus_two) = (neg(four), neg(five), neg(two));
+    let (two, four) = (V::splat(2.0), V::splat(4.0));
+    let (minus_two, minus_four, minus_five) = (V::splat(-2.0), V::splat(-4.0), V::splat(-5.0));
     let even = d[4].fma(minus_four, d[2]);
     let odd = d[3].fma(minus_four, d[1]);
     let (e, o) = (d[4].sub(d[2]), d[3].sub(d[1]));
@@ -267,30 +270,49 @@ impl<const GRAD: bool> Kernel for Spread<'_, GRAD> {
 
 #[inline(always)]
 unsafe fn spread<V: Vector, const GRAD: bool, const WHOLE: bool>(x: *const f32, v: *mut f32, [row, col, step]: [usize; 3], mask: V::Mask) {
-    let at = |y: usize, i: usize| get::<V, WHOLE>(x.add(y * row + i * col), mask);
-    let mut half = [[V::splat(0.0); 6]; 6];
     if GRAD {
-        for i in 0..4 {
-            let points = gradient([at(0, i), at(1, i), at(2, i), at(3, i)]);
-            for y in 0..6 {
-                half[y][i] = points[y];
-            }
-        }
+        let c = [
+            gradient(column::<V, 4, WHOLE>(x, row, mask)),
+            gradient(column::<V, 4, WHOLE>(x.add(col), row, mask)),
+            gradient(column::<V, 4, WHOLE>(x.add(2 * col), row, mask)),
+            gradient(column::<V, 4, WHOLE>(x.add(3 * col), row, mask)),
+        ];
+        unroll!(y in 0 1 2 3 4 5 => {
+            put_row::<V, WHOLE>(gradient([c[0][y], c[1][y], c[2][y], c[3][y]]), v.add(y * 6 * step), step, mask);
+        });
     } else {
-        for i in 0..6 {
-            let points = input([at(0, i), at(1, i), at(2, i), at(3, i), at(4, i), at(5, i)]);
-            for y in 0..6 {
-                half[y][i] = points[y];
-            }
-        }
+        let c = [
+            input(column::<V, 6, WHOLE>(x, row, mask)),
+            input(column::<V, 6, WHOLE>(x.add(col), row, mask)),
+            input(column::<V, 6, WHOLE>(x.add(2 * col), row, mask)),
+            input(column::<V, 6, WHOLE>(x.add(3 * col), row, mask)),
+            input(column::<V, 6, WHOLE>(x.add(4 * col), row, mask)),
+            input(column::<V, 6, WHOLE>(x.add(5 * col), row, mask)),
+        ];
+        unroll!(y in 0 1 2 3 4 5 => {
+            put_row::<V, WHOLE>(input([c[0][y], c[1][y], c[2][y], c[3][y], c[4][y], c[5][y]]), v.add(y * 6 * step), step, mask);
+        });
     }
-    for y in 0..6 {
-        let h = half[y];
-        let points = if GRAD { gradient([h[0], h[1], h[2], h[3]]) } else { input(h) };
-        for i in 0..6 {
-            put::<V, WHOLE>(points[i], v.add((y * 6 + i) * step), mask);
+}
+
+/// `N` vectors, `step` floats apart.
+#[inline(always)]
+unsafe fn column<V: Vector, const N: usize, const WHOLE: bool>(p: *const f32, step: usize, mask: V::Mask) -> [V; N] {
+    let mut found = [V::splat(0.0); N];
+    unroll!(i in 0 1 2 3 4 5 => {
+        if i < N {
+            found[i] = get::<V, WHOLE>(p.add(i * step), mask);
         }
-    }
+    });
+    found
+}
+
+/// Stores six points.
+#[inline(always)]
+unsafe fn put_row<V: Vector, const WHOLE: bool>(points: [V; 6], p: *mut f32, step: usize, mask: V::Mask) {
+    unroll!(i in 0 1 2 3 4 5 => {
+        put::<V, WHOLE>(points[i], p.add(i * step), mask);
+    });
 }
 
 /// The 36 products: `m[point] = v[point] panels[point]`.
@@ -414,41 +436,45 @@ struct Place {
 
 #[inline(always)]
 unsafe fn gather<V: Vector, const WHOLE: bool>(t: &Place, mask: V::Mask) {
-    let mut half = [[V::splat(0.0); 6]; 4];
-    for i in 0..6 {
-        let at = |y: usize| get::<V, WHOLE>(t.m.add((y * 6 + i) * t.step), mask);
-        let points = output([at(0), at(1), at(2), at(3), at(4), at(5)]);
-        for y in 0..4 {
-            half[y][i] = points[y];
-        }
-    }
+    let step = 6 * t.step;
+    let c = [
+        output(column::<V, 6, WHOLE>(t.m, step, mask)),
+        output(column::<V, 6, WHOLE>(t.m.add(t.step), step, mask)),
+        output(column::<V, 6, WHOLE>(t.m.add(2 * t.step), step, mask)),
+        output(column::<V, 6, WHOLE>(t.m.add(3 * t.step), step, mask)),
+        output(column::<V, 6, WHOLE>(t.m.add(4 * t.step), step, mask)),
+        output(column::<V, 6, WHOLE>(t.m.add(5 * t.step), step, mask)),
+    ];
     let bias = if t.bias.is_null() { V::splat(0.0) } else { get::<V, WHOLE>(t.bias, mask) };
-    for y in 0..4 {
-        if !WHOLE && y >= t.size[0] {
-            return;
+    unroll!(y in 0 1 2 3 => {
+        if WHOLE || y < t.size[0] {
+            let v = output([c[0][y], c[1][y], c[2][y], c[3][y], c[4][y], c[5][y]]);
+            unroll!(i in 0 1 2 3 => {
+                if WHOLE || i < t.size[1] {
+                    finish::<V, WHOLE>(v[i], bias, t, y * t.row + i * t.col, mask);
+                }
+            });
         }
-        let points = output(half[y]);
-        for i in 0..4 {
-            if !WHOLE && i >= t.size[1] {
-                break;
-            }
-            let at = y * t.row + i * t.col;
-            let mut v = points[i].add(bias);
-            if !t.residual.is_null() {
-                v = v.add(get::<V, WHOLE>(t.residual.add(at), mask));
-            }
-            if t.add {
-                v = v.add(get::<V, WHOLE>(t.out.add(at), mask));
-            }
-            if t.activation != Activation::None {
-                v = v.relu();
-            }
-            if t.activation == Activation::Relu6 {
-                v = v.min(V::splat(6.0));
-            }
-            put::<V, WHOLE>(v, t.out.add(at), mask);
-        }
+    });
+}
+
+/// What follows a convolution, for one pixel.
+#[inline(always)]
+unsafe fn finish<V: Vector, const WHOLE: bool>(v: V, bias: V, t: &Place, at: usize, mask: V::Mask) {
+    let mut v = v.add(bias);
+    if !t.residual.is_null() {
+        v = v.add(get::<V, WHOLE>(t.residual.add(at), mask));
     }
+    if t.add {
+        v = v.add(get::<V, WHOLE>(t.out.add(at), mask));
+    }
+    if t.activation != Activation::None {
+        v = v.relu();
+    }
+    if t.activation == Activation::Relu6 {
+        v = v.min(V::splat(6.0));
+    }
+    put::<V, WHOLE>(v, t.out.add(at), mask);
 }
 
 /// The 36 products of a weight gradient: `product[point] += v[point]^T d[point]`.
@@ -510,6 +536,7 @@ impl Kernel for Pack<'_> {
         let (channels, outputs) = (self.w.channels, self.w.outputs);
         let (o_step, c_step) = if self.flip { (9, outputs * 9) } else { (channels * 9, 9) };
         let point_len = tile::packed_len(self.w.level, outputs, channels);
+        let panels = self.panels.as_mut_ptr();
         let mut at = 0;
         for block in tile::blocks(self.w.level, outputs) {
             for c in 0..channels {
@@ -525,20 +552,16 @@ impl Kernel for Pack<'_> {
                     }
                     // SAFETY: rows of 16 floats hold a vector; the panels of all points hold a vector at `at`.
                     unsafe {
-                        let tap = |t: usize| V::load(g[t].as_ptr());
-                        let mut half = [[V::splat(0.0); 3]; 6];
-                        for i in 0..3 {
-                            let points = kernel([tap(i), tap(3 + i), tap(6 + i)]);
-                            for y in 0..6 {
-                                half[y][i] = points[y];
-                            }
-                        }
-                        for y in 0..6 {
-                            let points = kernel(half[y]);
-                            for i in 0..6 {
-                                points[i].store(self.panels[(y * 6 + i) * point_len + at..][..V::LANES].as_mut_ptr());
-                            }
-                        }
+                        let (g, row) = (g.as_ptr().cast::<f32>(), 3 * 16);
+                        let mask = V::first(V::LANES);
+                        let c = [
+                            kernel(column::<V, 3, true>(g, row, mask)),
+                            kernel(column::<V, 3, true>(g.add(16), row, mask)),
+                            kernel(column::<V, 3, true>(g.add(32), row, mask)),
+                        ];
+                        unroll!(y in 0 1 2 3 4 5 => {
+                            put_row::<V, true>(kernel([c[0][y], c[1][y], c[2][y]]), panels.add(y * 6 * point_len + at), point_len, mask);
+                        });
                     }
                     at += V::LANES;
                 }
@@ -565,21 +588,22 @@ impl Kernel for Untransform<'_> {
             let mask = V::first(lanes);
             // SAFETY: `add_product` checked that every point and tap has `len` floats.
             unsafe {
-                let mut half = [[V::splat(0.0); 6]; 3];
-                for i in 0..6 {
-                    let point = |y: usize| V::load_masked(self.product.as_ptr().add((y * 6 + i) * self.len + at), mask);
-                    let found = taps([point(0), point(1), point(2), point(3), point(4), point(5)]);
-                    for y in 0..3 {
-                        half[y][i] = found[y];
-                    }
-                }
-                for y in 0..3 {
-                    let found = taps(half[y]);
-                    for i in 0..3 {
+                let (p, step) = (self.product.as_ptr().add(at), 6 * self.len);
+                let c = [
+                    taps(column::<V, 6, false>(p, step, mask)),
+                    taps(column::<V, 6, false>(p.add(self.len), step, mask)),
+                    taps(column::<V, 6, false>(p.add(2 * self.len), step, mask)),
+                    taps(column::<V, 6, false>(p.add(3 * self.len), step, mask)),
+                    taps(column::<V, 6, false>(p.add(4 * self.len), step, mask)),
+                    taps(column::<V, 6, false>(p.add(5 * self.len), step, mask)),
+                ];
+                unroll!(y in 0 1 2 => {
+                    let found = taps([c[0][y], c[1][y], c[2][y], c[3][y], c[4][y], c[5][y]]);
+                    unroll!(i in 0 1 2 => {
                         let to = dw.add((y * 3 + i) * self.len + at);
                         V::load_masked(to, mask).add(found[i]).store_masked(to, mask);
-                    }
-                }
+                    });
+                });
             }
         }
     }
