@@ -128,7 +128,7 @@ pub fn normalisation(metadata: &BTreeMap<String, String>) -> Result<Option<Norma
 }
 
 /// What is written beside exported weights: enough to run them.
-pub fn metadata(model: &str, splits: &Splits) -> Result<StringMap> {
+pub fn metadata(model: &str, input: [usize; 3], splits: &Splits) -> Result<StringMap> {
     fn json(value: &impl Serialize) -> Result<String> {
         Ok(serde_json::to_string(value)?)
     }
@@ -137,7 +137,7 @@ pub fn metadata(model: &str, splits: &Splits) -> Result<StringMap> {
         ("format".to_string(), "pt".to_string()),
         ("model".to_string(), model.to_string()),
         ("num_classes".to_string(), info.class_names.len().to_string()),
-        ("input".to_string(), json(&info.shape)?),
+        ("input".to_string(), json(&input)?),
         ("mean".to_string(), json(&info.normalise.mean)?),
         ("std".to_string(), json(&info.normalise.std)?),
         ("class_names".to_string(), json(&info.class_names)?),
@@ -157,20 +157,28 @@ pub fn augmentation(data: &DataConfig) -> Vec<String> {
     data.augment.clone().unwrap_or_else(|| customary().iter().map(ToString::to_string).collect())
 }
 
-/// A run's data: loaders over `splits`.
-///
-/// `views` copies of each training image; all tensors on `device`.
-pub fn data(config: &Config, splits: &Splits, views: usize, device: &Device) -> Result<kd_train::Data> {
+/// How the batches of a run are made: `views` copies of each training image, all tensors on `device`.
+fn loading(config: &Config, views: usize, device: &Device) -> Result<LoaderOptions> {
     let augment = augmentation(&config.data);
     let names: Vec<&str> = augment.iter().map(String::as_str).collect();
-    let options = LoaderOptions {
+    Ok(LoaderOptions {
         batch_size: config.data.batch_size,
         seed: config.seed,
         views,
         augment: vec![Pipeline::parse(&names)?],
         device: device.clone(),
         ..LoaderOptions::default()
-    };
+    })
+}
+
+/// Channels, height and width that a network of this run is fed: the images' own, or what the augmentation makes of them.
+pub fn input(config: &Config, splits: &Splits) -> Result<[usize; 3]> {
+    Ok(Loader::train(splits.train()?, &loading(config, 1, &Device::Cpu)?)?.shape())
+}
+
+/// A run's data: loaders over `splits`.
+pub fn data(config: &Config, splits: &Splits, views: usize, device: &Device) -> Result<kd_train::Data> {
+    let options = loading(config, views, device)?;
     let boxed = |loader: kd_data::Result<Loader>| -> Result<Box<dyn BatchSource>> { Ok(Box::new(loader?)) };
     let train = splits.train()?;
     Ok(kd_train::Data {

@@ -137,6 +137,7 @@ pub fn run(args: &Distill) -> Result<()> {
 fn distill(config: &Config, dir: &Path, args: &RunArgs, stop: &AtomicBool) -> Result<()> {
     let session = Session { config, args, stop, device: assemble::device(&config.device)?, precision: assemble::precision(config)? };
     let splits = assemble::splits(&config.data, config.data.train_limit, config.seed)?;
+    splits.notes.iter().for_each(|note| output::message(&format!("note: {note}")));
     // Every name is looked up before the first network trains.
     session.check(&splits)?;
     let several = config.baseline || config.teacher.iter().any(|t| t.train.is_some());
@@ -240,7 +241,7 @@ impl Session<'_> {
 
     /// A teacher with weights, or one that is trained first.
     fn teacher(&self, teacher: &TeacherConfig, splits: &Splits, place: &Path) -> Result<(Arc<Network>, Option<Trained>)> {
-        let shape = splits.info.shape;
+        let shape = assemble::input(self.config, splits)?;
         let classes = splits.info.class_names.len();
         if let Some(path) = &teacher.weights {
             let file = kd_weights::read(Path::new(path))?;
@@ -282,7 +283,7 @@ impl Session<'_> {
         teachers: &[Teacher],
         place: &Path,
     ) -> Result<(Arc<Network>, RunResult)> {
-        let shape = splits.info.shape;
+        let shape = assemble::input(config, splits)?;
         let classes = splits.info.class_names.len();
         let model = &config.student.model;
         let network = match &config.student.weights {
@@ -312,7 +313,7 @@ impl Session<'_> {
             seed: config.seed,
             place: Some(RunPlace {
                 command: std::env::args().collect(),
-                metadata: assemble::metadata(model, splits)?,
+                metadata: assemble::metadata(model, shape, splits)?,
                 ..RunPlace::new(place, config.to_toml()?)
             }),
         };
