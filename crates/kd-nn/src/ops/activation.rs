@@ -2,21 +2,16 @@
 
 use candle_core::{Result, Tensor};
 
-/// `x` where `keep`, zero elsewhere; the gradient likewise.
-fn masked(x: &Tensor, keep: &Tensor) -> Result<Tensor> {
-    keep.where_cond(x, &x.zeros_like()?)
-}
-
-/// `max(x, 0)`, gradient 0 at 0 (candle's own has 1 there).
+/// `max(x, 0)`, gradient 0 at 0 (candle's own has 1 there). NaN passes through.
 pub fn relu(x: &Tensor) -> Result<Tensor> {
-    masked(x, &x.gt(&x.zeros_like()?)?)
+    let zeros = x.zeros_like()?;
+    x.le(&zeros)?.where_cond(&zeros, x)
 }
 
-/// `min(max(x, 0), 6)`, gradient 0 at 0 and at 6.
+/// `min(max(x, 0), 6)`, gradient 0 at 0 and at 6. NaN passes through.
 pub fn relu6(x: &Tensor) -> Result<Tensor> {
     let six = (x.zeros_like()? + 6.0)?;
-    let inside = (x.gt(&x.zeros_like()?)? * x.lt(&six)?)?;
-    masked(x, &inside)? + masked(&six, &x.ge(&six)?)?
+    x.ge(&six)?.where_cond(&six, &relu(x)?)
 }
 
 /// `x Phi(x)` with the exact error function (the gradient of candle's own carries seven digits only).
@@ -63,4 +58,20 @@ pub fn l2_normalize(x: &Tensor, dim: usize, eps: f64) -> Result<Tensor> {
     // The branch below eps never sees the square root's infinite slope at 0.
     let norm = square.ge(&floor)?.where_cond(&square, &floor)?.sqrt()?;
     x.broadcast_div(&norm)
+}
+
+#[cfg(test)]
+mod tests {
+    use candle_core::Device;
+
+    use super::*;
+
+    #[test]
+    fn what_is_not_a_number_does_not_become_one() {
+        let x = Tensor::new(&[f32::NAN, -1.0, 7.0], &Device::Cpu).unwrap();
+        for y in [relu(&x), relu6(&x), hardswish(&x), gelu(&x), silu(&x)] {
+            let y = y.unwrap().to_vec1::<f32>().unwrap();
+            assert!(y[0].is_nan() && !y[1].is_nan() && !y[2].is_nan());
+        }
+    }
 }
