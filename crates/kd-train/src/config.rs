@@ -230,6 +230,9 @@ impl LossConfig {
     }
 }
 
+/// More threads than any machine has cores; a slip of the finger asks for more.
+const MOST_THREADS: usize = 1024;
+
 const LOSS_KEYS: [&str; 4] = ["method", "weight", "warmup_epochs", "warmup_first_epoch"];
 
 // By hand: serde's flatten would forget where the values were written.
@@ -332,6 +335,7 @@ impl Check<'_> {
         let data = &config.data;
         self.require("name", !config.name.contains(['/', '\\']) && !config.name.starts_with('.'), &config.name, "a folder's name")?;
         self.require("device", is_device(&config.device), &config.device, "cpu, cuda:N or metal")?;
+        self.require("threads", config.threads <= MOST_THREADS, config.threads, &format!("0 (all cores) to {MOST_THREADS}"))?;
         self.require("data.batch_size", data.batch_size >= 1, data.batch_size, "at least 1")?;
         self.require("data.label_noise", (0.0..=1.0).contains(&data.label_noise), data.label_noise, "from 0 to 1")?;
         self.require("data.validation", (0.0..1.0).contains(&data.validation), data.validation, "at least 0 and less than 1")?;

@@ -142,6 +142,7 @@ fn mistakes_are_refused_with_their_place_and_a_hint() {
         (with("[data]\nbatch_size = 6.5"), &[], "run.toml:4: ", &["`data.batch_size`", "6.5", "a whole number, 0 or more"]),
         (with("[data]\nbatch_size = -6"), &[], "run.toml:4: ", &["-6", "a whole number, 0 or more"]),
         (with("[data]\nbatch_size = 0"), &[], "run.toml:4: ", &["`data.batch_size` is 0, must be at least 1"]),
+        (format!("threads = 100000\n{student}"), &[], "run.toml:1: ", &["`threads` is 100000", "0 (all cores) to 1024"]),
         (with("[data]\naugment = [\"flip\",\n 3]"), &[], "run.toml:5: ", &["`data.augment.1`", "a string"]),
         (with("[data]\nvalidation = 1.0"), &[], "run.toml:4: ", &["`data.validation` is 1", "less than 1"]),
         (with("[optim]\nlr = 0"), &[], "run.toml:4: ", &["`optim.lr` is 0", "more than 0"]),
