@@ -9,7 +9,7 @@ use super::plan::{ConvStep, Kind, Plan, Shape, Step};
 use super::value::{Norm, Packed, Value};
 use crate::graph::{BatchNorm, NodeId};
 use crate::kernels::buffer::{Buffer, Pool};
-use crate::kernels::conv::{Conv, Epilogue, Padded};
+use crate::kernels::conv::{Conv, Epilogue, Group, Padded};
 use crate::kernels::norm::{self, Lens, Moments};
 use crate::kernels::pool::{self, Average, Maximum};
 use crate::kernels::threads::{Lanes, cut, each, scratch};
@@ -173,7 +173,9 @@ impl Tape {
                         residual: residual.as_ref().map(|r| &r[start * out_len..(start + n) * out_len]),
                         activation: step.activation,
                     };
-                    conv.forward(n, inputs.read(level, start, n, in_len, pad), &packed.forward, out, epilogue, work);
+                    let ahead = [inputs.ahead(start + n, share.images.end.min(start + 2 * n), in_len)];
+                    let images = Group { images: n, x: inputs.read(level, start, n, in_len, pad), ahead: &ahead };
+                    conv.forward(images, &packed.forward, out, epilogue, work);
                     for (i, image) in (start..).zip(out.chunks_exact(out_len)) {
                         if let Some(sums) = sums.get_mut(self.lanes.of(i) - share.lanes.start) {
                             sums.add(level, image);
@@ -332,6 +334,11 @@ impl Inputs<'_> {
     /// Zeroes the borders of the scratch images.
     pub(super) fn clear(&self, pad: &mut [f32]) {
         clear(&self.conv.input, pad);
+    }
+
+    /// Images `start..end` as they lie in memory.
+    pub(super) fn ahead(&self, start: usize, end: usize, len: usize) -> &[f32] {
+        &self.x[start * len..end.max(start) * len]
     }
 
     /// Images `start..start + n`, padded into the scratch unless they can be read directly.

@@ -4,6 +4,8 @@
 //! channels last, and hung into candle's graph by `node`. Memory comes from a pool of the network and goes back to it.
 
 mod backward;
+mod conv_grad;
+mod finish;
 mod forward;
 mod node;
 mod plan;

@@ -24,13 +24,24 @@ pub(super) struct Plan {
     pub steps: Vec<Step>,
     /// Shape of every node's output, by node.
     pub shapes: Vec<Shape>,
+    /// The step that makes a node's output, by node; `usize::MAX` where none does.
+    makers: Vec<usize>,
+    /// The step that reads a node first, by node, and so contributes to its gradient last.
+    pub first_reader: Vec<usize>,
     /// The step that reads a node last, by node; `usize::MAX` for wanted ones.
     pub last_use: Vec<usize>,
+    /// Whether one node reads a node, and nobody outside, by node.
+    pub private: Vec<bool>,
     /// Whether parameters lie between `from` and the node, by node.
     pub trainable: Vec<bool>,
 }
 
 impl Plan {
+    /// The step that makes a node's output.
+    pub(super) fn maker(&self, node: NodeId) -> Option<usize> {
+        Some(self.makers[node]).filter(|&at| at < self.steps.len())
+    }
+
     /// Whether the gradient of a node's output is wanted, when those of the parameters or of the input are.
     pub(super) fn wants_grad(&self, node: NodeId, params: bool, input: bool) -> bool {
         input || (params && self.trainable[node])
@@ -266,7 +277,8 @@ impl Source<'_> {
             step_of: vec![usize::MAX; shapes.len()],
         };
         piece.iter().for_each(|&id| compiler.node(id));
-        let steps = compiler.steps;
+        let Compiler { steps, private, .. } = compiler;
+        let (mut makers, mut first_reader) = (vec![usize::MAX; shapes.len()], vec![usize::MAX; shapes.len()]);
         let mut last_use = vec![0; shapes.len()];
         let mut trainable = vec![false; shapes.len()];
         for (at, step) in steps.iter().enumerate() {
@@ -277,10 +289,25 @@ impl Source<'_> {
                 _ => false,
             };
             trainable[step.out] = own || inputs.iter().any(|&i| trainable[i]);
-            inputs.iter().for_each(|&i| last_use[i] = at);
+            makers[step.out] = at;
+            for &i in &inputs {
+                first_reader[i] = first_reader[i].min(at);
+                last_use[i] = at;
+            }
         }
         wanted.iter().for_each(|&w| last_use[w] = usize::MAX);
-        Plan { level: self.level, from, wanted: wanted.to_vec(), steps, shapes: shapes.to_vec(), last_use, trainable }
+        Plan {
+            level: self.level,
+            from,
+            wanted: wanted.to_vec(),
+            steps,
+            shapes: shapes.to_vec(),
+            makers,
+            first_reader,
+            last_use,
+            private,
+            trainable,
+        }
     }
 }
 

@@ -2,6 +2,7 @@
 
 #![allow(unsafe_code)]
 
+use std::sync::atomic::{AtomicUsize, Ordering};
 use std::sync::{Arc, Mutex};
 
 /// One cache line, and one vector of the widest level.
@@ -9,27 +10,38 @@ use std::sync::{Arc, Mutex};
 #[repr(C, align(64))]
 struct Line([f32; 16]);
 
-/// Floats that begin at a cache line.
-pub(crate) struct Aligned(Vec<Line>);
+/// Floats that begin at a cache line, each time at another one of a page: what is at the same place of two tensors would otherwise
+/// contend for the same place of the cache, and a load would seem to depend on a store.
+pub(crate) struct Aligned {
+    lines: Vec<Line>,
+    /// Lines left out at the beginning.
+    skipped: usize,
+}
+
+/// Lines of a page.
+const PAGE: usize = 64;
 
 impl Aligned {
     /// At least `len` zeros.
     pub(crate) fn new(len: usize) -> Self {
-        Self(vec![Line([0.0; 16]); len.div_ceil(16)])
+        static NEXT: AtomicUsize = AtomicUsize::new(0);
+        let skipped = NEXT.fetch_add(11, Ordering::Relaxed) % PAGE;
+        Self { lines: vec![Line([0.0; 16]); len.div_ceil(16) + skipped], skipped }
     }
 
     pub(crate) fn len(&self) -> usize {
-        self.0.len() * 16
+        (self.lines.len() - self.skipped) * 16
     }
 
     pub(crate) fn slice(&self) -> &[f32] {
         // SAFETY: a `Line` is sixteen floats without padding, so n lines are 16 n floats.
-        unsafe { std::slice::from_raw_parts(self.0.as_ptr().cast(), self.len()) }
+        unsafe { std::slice::from_raw_parts(self.lines[self.skipped..].as_ptr().cast(), self.len()) }
     }
 
     pub(crate) fn slice_mut(&mut self) -> &mut [f32] {
+        let len = self.len();
         // SAFETY: as in `slice`; the borrow is unique.
-        unsafe { std::slice::from_raw_parts_mut(self.0.as_mut_ptr().cast(), self.len()) }
+        unsafe { std::slice::from_raw_parts_mut(self.lines[self.skipped..].as_mut_ptr().cast(), len) }
     }
 }
 
@@ -78,7 +90,7 @@ impl std::ops::DerefMut for Buffer {
 
 impl Drop for Buffer {
     fn drop(&mut self) {
-        let memory = std::mem::replace(&mut self.memory, Aligned(vec![]));
+        let memory = std::mem::replace(&mut self.memory, Aligned { lines: vec![], skipped: 0 });
         self.pool.0.lock().unwrap_or_else(|e| e.into_inner()).push(memory);
     }
 }

@@ -17,7 +17,7 @@ use std::ops::Range;
 use super::depthwise;
 use super::tile::{self, Activation, Nn, Tn};
 use super::vector::{Kernel, Level, Vector};
-use super::winograd::{self, Winograd};
+use super::winograd::{self, Ahead, Winograd};
 use crate::graph::Conv2d;
 
 /// An image with zeros around it.
@@ -171,6 +171,15 @@ pub(crate) struct Epilogue<'a> {
     /// Images added to the output.
     pub residual: Option<&'a [f32]>,
     pub activation: Activation,
+}
+
+/// Padded images to be convolved together.
+#[derive(Clone, Copy)]
+pub(crate) struct Group<'a> {
+    pub images: usize,
+    pub x: &'a [f32],
+    /// What is read after this.
+    pub ahead: Ahead<'a>,
 }
 
 /// One sweep over a group of images.
@@ -334,18 +343,20 @@ impl Conv {
     }
 
     /// Convolves `images` padded images `x` into `out`, with [`Conv::work_len`] floats of work memory.
-    pub(crate) fn forward(&self, images: usize, x: &[f32], panels: &[f32], out: &mut [f32], epilogue: Epilogue, work: &mut [f32]) {
+    pub(crate) fn forward(&self, group: Group, panels: &[f32], out: &mut [f32], epilogue: Epilogue, work: &mut [f32]) {
+        let Group { images, x, ahead } = group;
         if let Some([w, _]) = &self.fast {
-            return w.forward(images, x, panels, out, epilogue, false, work);
+            return w.forward(images, x, panels, out, epilogue, false, ahead, work);
         }
         let (x_image, out_image) = (self.input.len(), self.out_image());
         self.sweep(&self.forward, false, Pass { images, x, x_image, panels, out, out_image, epilogue, add: false });
     }
 
     /// The gradient of the (unpadded) input images from `images` padded gradients `dy`; overwrites `dx` or adds to it.
-    pub(crate) fn input_grad(&self, images: usize, dy: &[f32], panels: &[f32], dx: &mut [f32], add: bool, work: &mut [f32]) {
+    pub(crate) fn input_grad(&self, group: Group, panels: &[f32], dx: &mut [f32], add: bool, work: &mut [f32]) {
+        let Group { images, x: dy, ahead } = group;
         if let Some([_, w]) = &self.fast {
-            return w.forward(images, dy, panels, dx, Epilogue::default(), add, work);
+            return w.forward(images, dy, panels, dx, Epilogue::default(), add, ahead, work);
         }
         let mut at = 0;
         for sweep in &self.backward {
@@ -736,10 +747,10 @@ mod tests {
             let mut panels = vec![f32::NAN; plan.forward_len()];
             plan.pack_forward(&weight, &mut panels);
             let mut out = vec![f32::NAN; dy.len()];
-            plan.forward(images, &padded, &panels, &mut out, Epilogue::default(), &mut work);
+            plan.forward(Group { images, x: &padded, ahead: &[] }, &panels, &mut out, Epilogue::default(), &mut work);
             close(&out, &y, allowed)?;
             let full = Epilogue { bias: Some(&bias), residual: Some(&residual), activation: Activation::Relu };
-            plan.forward(images, &padded, &panels, &mut out, full, &mut work);
+            plan.forward(Group { images, x: &padded, ahead: &[] }, &panels, &mut out, full, &mut work);
             let folded: Vec<f64> =
                 y.iter().enumerate().map(|(i, v)| (v + f64::from(bias[i % co]) + f64::from(residual[i])).max(0.0)).collect();
             close(&out, &folded, allowed)?;
@@ -748,9 +759,9 @@ mod tests {
             let mut panels = vec![f32::NAN; plan.backward_len()];
             plan.pack_backward(&weight, &mut panels);
             let mut out = vec![f32::NAN; x.len()];
-            plan.input_grad(images, &grads, &panels, &mut out, false, &mut work);
+            plan.input_grad(Group { images, x: &grads, ahead: &[] }, &panels, &mut out, false, &mut work);
             close(&out, &dx, allowed)?;
-            plan.input_grad(images, &grads, &panels, &mut out, true, &mut work);
+            plan.input_grad(Group { images, x: &grads, ahead: &[] }, &panels, &mut out, true, &mut work);
             close(&out, &dx.iter().map(|v| 2.0 * v).collect::<Vec<_>>(), allowed)?;
 
             // Two lanes, the rows of each in two halves; gathered in two halves of the outputs.

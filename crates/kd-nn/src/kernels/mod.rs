@@ -21,6 +21,24 @@ macro_rules! unroll {
     };
 }
 
+/// The same block for every vector of channels, `$c` the first one's number: whole vectors, then what is left. A block, not a closure: a
+/// closure that is not inlined is compiled without the level's instructions.
+macro_rules! lanes {
+    ($v:ident, $channels:expr, $c:ident, $lane:ident => $body:block) => {{
+        let channels = $channels;
+        let mut $c = 0;
+        while $c + $v::LANES <= channels {
+            let $lane = $crate::kernels::vector::Lane::<$v>::whole();
+            $body
+            $c += $v::LANES;
+        }
+        if $c < channels {
+            let $lane = $crate::kernels::vector::Lane::<$v>::first(channels - $c);
+            $body
+        }
+    }};
+}
+
 pub(crate) mod buffer;
 pub(crate) mod conv;
 mod depthwise;

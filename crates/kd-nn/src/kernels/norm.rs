@@ -9,9 +9,11 @@
 //!
 //! `inv = 1 / sqrt(var + eps)`, `g` the scale, `n` the values per channel; `d scale = inv S2`, `d shift = S1`.
 
+#![allow(unsafe_code)]
+
 use super::conv::Padded;
 use super::tile::Activation;
-use super::vector::{Kernel, Level, Vector, read, write};
+use super::vector::{Kernel, Lane, Level, Vector};
 
 /// How a stored tensor is read: normalised and activated.
 #[derive(Clone, Copy)]
@@ -19,6 +21,12 @@ pub(crate) struct Lens<'a> {
     pub scale: &'a [f32],
     pub shift: &'a [f32],
     pub activation: Activation,
+}
+
+impl Lens<'_> {
+    fn check(&self, channels: usize) {
+        assert!(self.scale.len() == channels && self.shift.len() == channels, "a lens has one number per channel");
+    }
 }
 
 #[inline(always)]
@@ -107,19 +115,33 @@ impl Kernel for Sums<'_> {
 
     #[inline(always)]
     fn run<V: Vector>(self) {
-        let channels = self.shift.len();
-        for run in self.image.chunks(RUN * channels) {
-            for c in (0..channels).step_by(V::LANES) {
-                let shift = read::<V>(self.shift, c);
-                let (mut s, mut q) = ([V::splat(0.0); 2], [V::splat(0.0); 2]);
-                for (p, pixel) in run.chunks_exact(channels).enumerate() {
-                    let v = read::<V>(pixel, c).sub(shift);
-                    s[p % 2] = s[p % 2].add(v);
-                    q[p % 2] = q[p % 2].fma(v, v);
+        let n = self.shift.len();
+        for run in self.image.chunks(RUN * n) {
+            let pixels = run.len() / n;
+            lanes!(V, n, c, lane => {
+                // SAFETY: `c` and its lanes are channels of `n`, and there are `pixels` pixels.
+                unsafe {
+                    let shift = lane.load(self.shift.as_ptr().add(c));
+                    let (mut s, mut q) = ([V::splat(0.0); 4], [V::splat(0.0); 4]);
+                    let mut x = run.as_ptr().add(c);
+                    for _ in 0..pixels / 4 {
+                        unroll!(i in 0 1 2 3 => {
+                            let v = lane.load(x.add(i * n)).sub(shift);
+                            s[i] = s[i].add(v);
+                            q[i] = q[i].fma(v, v);
+                        });
+                        x = x.wrapping_add(4 * n);
+                    }
+                    for _ in 0..pixels % 4 {
+                        let v = lane.load(x).sub(shift);
+                        s[0] = s[0].add(v);
+                        q[0] = q[0].fma(v, v);
+                        x = x.wrapping_add(n);
+                    }
+                    flush(s[0].add(s[1]).add(s[2].add(s[3])), &mut self.sum[c..]);
+                    flush(q[0].add(q[1]).add(q[2].add(q[3])), &mut self.square[c..]);
                 }
-                flush(s[0].add(s[1]), &mut self.sum[c..]);
-                flush(q[0].add(q[1]), &mut self.square[c..]);
-            }
+            });
         }
     }
 }
@@ -134,7 +156,8 @@ pub(crate) fn total(level: Level, image: &[f32], sum: &mut [f64]) {
 #[inline(always)]
 fn flush<V: Vector>(v: V, sums: &mut [f64]) {
     let mut lanes = [0.0f32; 16];
-    write(v, &mut lanes[..V::LANES], 0);
+    // SAFETY: no vector is longer than 16.
+    unsafe { v.store(lanes.as_mut_ptr()) };
     sums.iter_mut().zip(&lanes[..V::LANES]).for_each(|(s, v)| *s += f64::from(*v));
 }
 
@@ -142,7 +165,10 @@ fn flush<V: Vector>(v: V, sums: &mut [f64]) {
 pub(crate) fn fill(level: Level, image: &[f32], lens: Option<Lens>, padded: &Padded, whole: &mut [f32]) {
     match lens {
         None => image.chunks_exact(padded.w * padded.c).enumerate().for_each(|(y, row)| padded.row_of(whole, y).copy_from_slice(row)),
-        Some(lens) => level.run(Fill { image, lens, padded, whole }),
+        Some(lens) => {
+            lens.check(padded.c);
+            level.run(Fill { image, lens, padded, whole });
+        }
     }
 }
 
@@ -158,15 +184,20 @@ impl Kernel for Fill<'_> {
 
     #[inline(always)]
     fn run<V: Vector>(self) {
-        let channels = self.padded.c;
-        for (y, row) in self.image.chunks_exact(self.padded.w * channels).enumerate() {
-            let out = self.padded.row_of(self.whole, y);
-            for c in (0..channels).step_by(V::LANES) {
-                let (scale, shift) = (read::<V>(self.lens.scale, c), read::<V>(self.lens.shift, c));
-                for (pixel, out) in row.chunks_exact(channels).zip(out.chunks_exact_mut(channels)) {
-                    write(activate(shift.fma(read(pixel, c), scale), self.lens.activation), out, c);
+        let n = self.padded.c;
+        for (y, row) in self.image.chunks_exact(self.padded.w * n).enumerate() {
+            let out = self.padded.row_of(self.whole, y).as_mut_ptr();
+            lanes!(V, n, c, lane => {
+                // SAFETY: `c` and its lanes are channels of `n`; both rows have `w` pixels.
+                unsafe {
+                    let see = Factors::<V>::of(self.lens, c, lane);
+                    let (mut x, mut out) = (row.as_ptr().add(c), out.add(c));
+                    for _ in 0..self.padded.w {
+                        lane.store(see.see(lane.load(x)), out);
+                        (x, out) = (x.wrapping_add(n), out.wrapping_add(n));
+                    }
                 }
-            }
+            });
         }
     }
 }
@@ -180,6 +211,7 @@ pub(crate) fn add(
     activation: Activation,
     out: &mut [f32],
 ) {
+    [a.1, b.1].into_iter().flatten().for_each(|l| l.check(channels));
     level.run(Add { channels, a, b, activation, out });
 }
 
@@ -198,12 +230,26 @@ impl Kernel for Add<'_> {
     fn run<V: Vector>(self) {
         let n = self.channels;
         for ((a, b), out) in self.a.0.chunks(ROW * n).zip(self.b.0.chunks(ROW * n)).zip(self.out.chunks_mut(ROW * n)) {
-            for c in (0..n).step_by(V::LANES) {
-                let (la, lb) = (Factors::<V>::of(self.a.1, c), Factors::<V>::of(self.b.1, c));
-                for ((a, b), out) in a.chunks_exact(n).zip(b.chunks_exact(n)).zip(out.chunks_exact_mut(n)) {
-                    write(activate(la.see(read(a, c)).add(lb.see(read(b, c))), self.activation), out, c);
+            let pixels = a.len().min(b.len()).min(out.len()) / n;
+            lanes!(V, n, c, lane => {
+                // SAFETY: `c` and its lanes are channels of `n`, and every chunk has `pixels` pixels.
+                unsafe {
+                    let la = if let Some(l) = self.a.1 { Some(Factors::<V>::of(l, c, lane)) } else { None };
+                    let lb = if let Some(l) = self.b.1 { Some(Factors::<V>::of(l, c, lane)) } else { None };
+                    let (mut a, mut b, mut out) = (a.as_ptr().add(c), b.as_ptr().add(c), out.as_mut_ptr().add(c));
+                    for _ in 0..pixels {
+                        let (mut va, mut vb) = (lane.load(a), lane.load(b));
+                        if let Some(l) = la {
+                            va = l.see(va);
+                        }
+                        if let Some(l) = lb {
+                            vb = l.see(vb);
+                        }
+                        lane.store(activate(va.add(vb), self.activation), out);
+                        (a, b, out) = (a.wrapping_add(n), b.wrapping_add(n), out.wrapping_add(n));
+                    }
                 }
-            }
+            });
         }
     }
 }
@@ -220,22 +266,31 @@ struct Factors<V> {
 }
 
 impl<V: Vector> Factors<V> {
+    /// # Safety
+    /// `c` and its lanes must be channels of the lens.
     #[inline(always)]
-    fn of(lens: Option<Lens>, c: usize) -> Self {
-        match lens {
-            None => Self { scale: V::splat(1.0), shift: V::splat(0.0), activation: Activation::None },
-            Some(l) => Self { scale: read(l.scale, c), shift: read(l.shift, c), activation: l.activation },
-        }
+    unsafe fn of(lens: Lens, c: usize, lane: Lane<V>) -> Self {
+        // SAFETY: as the caller says.
+        let (scale, shift) = unsafe { (lane.load(lens.scale.as_ptr().add(c)), lane.load(lens.shift.as_ptr().add(c))) };
+        Self { scale, shift, activation: lens.activation }
     }
 
     #[inline(always)]
     fn see(self, v: V) -> V {
         activate(self.shift.fma(v, self.scale), self.activation)
     }
+
+    /// `d` behind the mask of the activation.
+    #[inline(always)]
+    fn mask(self, d: V, v: V) -> V {
+        masked(d, self.shift.fma(v, self.scale), self.activation)
+    }
 }
 
 /// Adds the sums of `dm` and of `dm (y - mean)` of an image, `dm` being `d` behind the mask of `lens` over `y`.
 pub(crate) fn grad_sums(level: Level, d: &[f32], y: &[f32], lens: Lens, mean: &[f32], s1: &mut [f64], s2: &mut [f64]) {
+    lens.check(mean.len());
+    assert!(s1.len() == mean.len() && s2.len() == mean.len());
     level.run(GradSums { d, y, lens, mean, s1, s2 });
 }
 
@@ -255,18 +310,32 @@ impl Kernel for GradSums<'_> {
     fn run<V: Vector>(self) {
         let n = self.mean.len();
         for (d, y) in self.d.chunks(RUN * n).zip(self.y.chunks(RUN * n)) {
-            for c in (0..n).step_by(V::LANES) {
-                let (scale, shift, mean) = (read::<V>(self.lens.scale, c), read::<V>(self.lens.shift, c), read::<V>(self.mean, c));
-                let (mut s, mut q) = (V::splat(0.0), V::splat(0.0));
-                for (d, y) in d.chunks_exact(n).zip(y.chunks_exact(n)) {
-                    let y = read::<V>(y, c);
-                    let d = masked(read(d, c), shift.fma(y, scale), self.lens.activation);
-                    s = s.add(d);
-                    q = q.fma(d, y.sub(mean));
+            let pixels = d.len().min(y.len()) / n;
+            lanes!(V, n, c, lane => {
+                // SAFETY: `c` and its lanes are channels of `n`, and both chunks have `pixels` pixels.
+                unsafe {
+                    let (see, mean) = (Factors::<V>::of(self.lens, c, lane), lane.load(self.mean.as_ptr().add(c)));
+                    let (mut s, mut q) = ([V::splat(0.0); 2], [V::splat(0.0); 2]);
+                    let (mut d, mut y) = (d.as_ptr().add(c), y.as_ptr().add(c));
+                    for _ in 0..pixels / 2 {
+                        unroll!(i in 0 1 => {
+                            let v = lane.load(y.add(i * n));
+                            let dm = see.mask(lane.load(d.add(i * n)), v);
+                            s[i] = s[i].add(dm);
+                            q[i] = q[i].fma(dm, v.sub(mean));
+                        });
+                        (d, y) = (d.wrapping_add(2 * n), y.wrapping_add(2 * n));
+                    }
+                    if pixels % 2 == 1 {
+                        let v = lane.load(y);
+                        let dm = see.mask(lane.load(d), v);
+                        s[0] = s[0].add(dm);
+                        q[0] = q[0].fma(dm, v.sub(mean));
+                    }
+                    flush(s[0].add(s[1]), &mut self.s1[c..]);
+                    flush(q[0].add(q[1]), &mut self.s2[c..]);
                 }
-                flush(s, &mut self.s1[c..]);
-                flush(q, &mut self.s2[c..]);
-            }
+            });
         }
     }
 }
@@ -284,6 +353,8 @@ pub(crate) struct NormGrad<'a> {
 
 /// Copies an image of the gradient `d` into a padded one as the gradient of the batch norm's input `y`. The border stays as it is.
 pub(crate) fn fill_grad(level: Level, d: &[f32], y: &[f32], grad: NormGrad, padded: &Padded, whole: &mut [f32]) {
+    grad.lens.check(padded.c);
+    assert!([grad.mean, grad.k0, grad.k1, grad.k2].iter().all(|k| k.len() == padded.c));
     level.run(FillGrad { d, y, grad, padded, whole });
 }
 
@@ -303,16 +374,22 @@ impl Kernel for FillGrad<'_> {
         let (n, g) = (self.padded.c, self.grad);
         let row = self.padded.w * n;
         for (at, (d, y)) in self.d.chunks_exact(row).zip(self.y.chunks_exact(row)).enumerate() {
-            let out = self.padded.row_of(self.whole, at);
-            for c in (0..n).step_by(V::LANES) {
-                let (scale, shift, mean) = (read::<V>(g.lens.scale, c), read::<V>(g.lens.shift, c), read::<V>(g.mean, c));
-                let (k0, k1, k2) = (read::<V>(g.k0, c), read::<V>(g.k1, c), read::<V>(g.k2, c));
-                for ((d, y), out) in d.chunks_exact(n).zip(y.chunks_exact(n)).zip(out.chunks_exact_mut(n)) {
-                    let y = read::<V>(y, c);
-                    let d = masked(read(d, c), shift.fma(y, scale), g.lens.activation);
-                    write(k2.fma(k1, y.sub(mean)).fma(k0, d), out, c);
+            let out = self.padded.row_of(self.whole, at).as_mut_ptr();
+            lanes!(V, n, c, lane => {
+                // SAFETY: `c` and its lanes are channels of `n`; all rows have `w` pixels.
+                unsafe {
+                    let see = Factors::<V>::of(g.lens, c, lane);
+                    let (mean, k0) = (lane.load(g.mean.as_ptr().add(c)), lane.load(g.k0.as_ptr().add(c)));
+                    let (k1, k2) = (lane.load(g.k1.as_ptr().add(c)), lane.load(g.k2.as_ptr().add(c)));
+                    let (mut d, mut y, mut out) = (d.as_ptr().add(c), y.as_ptr().add(c), out.add(c));
+                    for _ in 0..self.padded.w {
+                        let v = lane.load(y);
+                        let dm = see.mask(lane.load(d), v);
+                        lane.store(k2.fma(k1, v.sub(mean)).fma(k0, dm), out);
+                        (d, y, out) = (d.wrapping_add(n), y.wrapping_add(n), out.wrapping_add(n));
+                    }
                 }
-            }
+            });
         }
     }
 }

@@ -115,6 +115,8 @@ pub(crate) trait Vector: Copy + 'static {
     /// with `#[target_feature]` rustc 1.95 drops it, and all tiles would end in one function with their sums on the stack.)
     fn call<K: Kernel>(kernel: K) -> K::Output;
 
+    /// Asks for the cache line of an address, which need not be valid.
+    fn prefetch(p: *const f32);
     fn splat(x: f32) -> Self;
     /// The mask of the first `n` lanes, `n <= LANES`.
     fn first(n: usize) -> Self::Mask;
@@ -145,6 +147,41 @@ pub(crate) trait Vector: Copy + 'static {
     fn min(self, other: Self) -> Self;
     /// `self` where `by > 0`, else 0.
     fn where_positive(self, by: Self) -> Self;
+}
+
+/// A vector's worth of channels: all lanes, or the first of them.
+#[derive(Clone, Copy)]
+pub(crate) struct Lane<V: Vector> {
+    mask: V::Mask,
+    whole: bool,
+}
+
+impl<V: Vector> Lane<V> {
+    #[inline(always)]
+    pub(crate) fn whole() -> Self {
+        Self { mask: V::first(V::LANES), whole: true }
+    }
+
+    #[inline(always)]
+    pub(crate) fn first(lanes: usize) -> Self {
+        Self { mask: V::first(lanes), whole: false }
+    }
+
+    /// # Safety
+    /// `p` must be valid for reading the lanes.
+    #[inline(always)]
+    pub(crate) unsafe fn load(self, p: *const f32) -> V {
+        // SAFETY: as the caller says.
+        unsafe { if self.whole { V::load(p) } else { V::load_masked(p, self.mask) } }
+    }
+
+    /// # Safety
+    /// `p` must be valid for writing the lanes.
+    #[inline(always)]
+    pub(crate) unsafe fn store(self, v: V, p: *mut f32) {
+        // SAFETY: as the caller says.
+        unsafe { if self.whole { v.store(p) } else { v.store_masked(p, self.mask) } }
+    }
 }
 
 /// Floats from `at` on of a slice: a whole vector, or what is left of it.
@@ -194,6 +231,9 @@ impl Vector for Portable {
     fn call<K: Kernel>(kernel: K) -> K::Output {
         kernel.run::<Self>()
     }
+
+    #[inline(always)]
+    fn prefetch(_: *const f32) {}
 
     #[inline(always)]
     fn splat(x: f32) -> Self {
@@ -302,6 +342,12 @@ mod x86 {
         }
 
         #[inline(always)]
+        fn prefetch(p: *const f32) {
+            // SAFETY: a prefetch never faults.
+            unsafe { _mm_prefetch::<_MM_HINT_T1>(p.cast()) }
+        }
+
+        #[inline(always)]
         fn splat(x: f32) -> Self {
             // SAFETY: the invariant of `Vector`; so below.
             Self(unsafe { _mm512_set1_ps(x) })
@@ -397,6 +443,12 @@ mod x86 {
         fn call<K: Kernel>(kernel: K) -> K::Output {
             // SAFETY: the invariant of `Vector`.
             unsafe { with_avx2(kernel) }
+        }
+
+        #[inline(always)]
+        fn prefetch(p: *const f32) {
+            // SAFETY: a prefetch never faults.
+            unsafe { _mm_prefetch::<_MM_HINT_T1>(p.cast()) }
         }
 
         #[inline(always)]

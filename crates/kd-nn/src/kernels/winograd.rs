@@ -117,6 +117,7 @@ impl Winograd {
         out: &mut [f32],
         epilogue: Epilogue,
         add: bool,
+        ahead: Ahead,
         work: &mut [f32],
     ) {
         let len = images * self.rows * self.cols * self.outputs;
@@ -124,7 +125,7 @@ impl Winograd {
         assert!(epilogue.residual.is_none_or(|r| r.len() >= len) && epilogue.bias.is_none_or(|b| b.len() == self.outputs));
         let (v, m) = work[..self.work_len(images)].split_at_mut(POINTS * self.step(images, self.channels));
         self.level.run(Spread::<false> { w: self, images, x, from: self.input, origin: 0, channels: self.channels, v: &mut *v });
-        self.level.run(Products { w: self, rows: self.count(images), v, panels, m: &mut *m });
+        self.level.run(Products { w: self, rows: self.count(images), v, panels, m: &mut *m, ahead, out: &out[..len] });
         self.level.run(Gather { w: self, images, m, out, epilogue, add });
     }
 
@@ -315,6 +316,18 @@ unsafe fn put_row<V: Vector, const WHOLE: bool>(points: [V; 6], p: *mut f32, ste
     });
 }
 
+/// Memory that will be read next: asked for while the products are computed, which need none of it.
+pub(crate) type Ahead<'a> = &'a [&'a [f32]];
+
+/// Asks for the share of `x` that falls on one point.
+#[inline(always)]
+fn prefetch<V: Vector>(x: &[f32], point: usize) {
+    let lines = x.len() / 16;
+    for line in point * lines / POINTS..(point + 1) * lines / POINTS {
+        V::prefetch(x.as_ptr().wrapping_add(line * 16));
+    }
+}
+
 /// The 36 products: `m[point] = v[point] panels[point]`.
 struct Products<'a> {
     w: &'a Winograd,
@@ -323,6 +336,9 @@ struct Products<'a> {
     v: &'a [f32],
     panels: &'a [f32],
     m: &'a mut [f32],
+    ahead: Ahead<'a>,
+    /// What is written next.
+    out: &'a [f32],
 }
 
 impl Kernel for Products<'_> {
@@ -334,6 +350,8 @@ impl Kernel for Products<'_> {
         let (v_step, m_step) = (self.rows * channels + GAP, self.rows * outputs + GAP);
         let (mut panel, m) = (self.panels, self.m.as_mut_ptr());
         for point in 0..POINTS {
+            self.ahead.iter().for_each(|x| prefetch::<V>(x, point));
+            prefetch::<V>(self.out, point);
             for block in tile::blocks(self.w.level, outputs) {
                 let (own, rest) = panel.split_at(channels * block.vectors * V::LANES);
                 panel = rest;
