@@ -75,6 +75,9 @@ pub fn device(name: &str) -> Result<Device> {
 
 /// Runs `job` on `threads` threads (0: all cores).
 pub fn in_pool<R: Send>(threads: usize, job: impl FnOnce() -> R + Send) -> Result<R> {
+    if threads > 1024 {
+        bail!("{threads} threads: expected 0 (all cores) to 1024");
+    }
     let pool = rayon::ThreadPoolBuilder::new().num_threads(threads).build().context("cannot start the threads")?;
     Ok(pool.install(job))
 }

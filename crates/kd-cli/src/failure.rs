@@ -37,7 +37,7 @@ pub(crate) fn report(error: &Failure) -> ExitCode {
     }
     // A cause that its parent already quotes is not said twice.
     let mut text = String::new();
-    for cause in error.chain().map(ToString::to_string) {
+    for cause in error.chain().filter(|c| !c.is::<RunFailed>() && !c.is::<Interrupted>()).map(ToString::to_string) {
         if !text.contains(&cause) {
             text = if text.is_empty() { cause } else { format!("{text}: {cause}") };
         }

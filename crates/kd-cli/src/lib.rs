@@ -21,7 +21,7 @@ pub use failure::{Failure, Interrupted, RunFailed};
 #[command(
     name = "kd-cli",
     version,
-    after_help = "Examples:\n  kd-cli distill                                   quickstart: teacher, baseline and student on handwritten digits\n  kd-cli init my-run.toml                          write the quickstart's config to edit\n  kd-cli distill --config my-run.toml --set optim.lr=0.02\n  kd-cli distill --resume runs/my-run\n  kd-cli eval --model resnet20 --weights runs/my-run/student/student.safetensors --data digits\n  kd-cli list methods"
+    after_help = "Examples:\n  kd-cli distill                                   quickstart: teacher, baseline and student on handwritten digits\n  kd-cli init my-run.toml                          write the quickstart's config to edit\n  kd-cli distill --config my-run.toml --set optim.lr=0.02\n  kd-cli distill --resume runs/my-run\n  kd-cli eval --weights runs/my-run/student/student.safetensors --data digits\n  kd-cli list methods"
 )]
 struct Cli {
     #[command(subcommand)]

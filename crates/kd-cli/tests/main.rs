@@ -178,6 +178,25 @@ fn loss_gives_value_terms_and_gradients() {
     save(&dir.path().join("nan.safetensors"), &[("student.logits", nan), ("labels", Tensor::new(&[0i64], &Device::Cpu).unwrap())]);
     assert!(refused(dir.path(), &["loss", "ce", "--inputs", "nan.safetensors", "--output", "x"]).contains("not finite"));
     assert!(!dir.path().join("x").exists());
+    let whole = Tensor::new(&[[1i64, 2]], &Device::Cpu).unwrap();
+    save(&dir.path().join("int.safetensors"), &[("student.logits", whole), ("labels", Tensor::new(&[0i64], &Device::Cpu).unwrap())]);
+    assert!(refused(dir.path(), &["loss", "ce", "--inputs", "int.safetensors", "--output", "x"]).contains("student.logits"));
+    assert!(refused(dir.path(), &["loss", "kd", "--inputs", "in.safetensors", "--params", "[1]", "--output", "x"]).contains("object"));
+}
+
+#[test]
+fn a_run_goes_on_with_what_it_began_with() {
+    let dir = folder();
+    tiny(dir.path());
+    let args = ["train", "--config", "tiny.toml", "--out", "run", "--set", "schedule.epochs=4000"];
+    let mut child = start_until(dir.path(), &args, |line| line.contains("epoch   1/"));
+    child.kill().unwrap();
+    child.wait().unwrap();
+    let config = dir.path().join("run/config.toml");
+    let edited = std::fs::read_to_string(&config).unwrap().replace("momentum = 0.9", "momentum = 0.8");
+    std::fs::write(&config, edited).unwrap();
+    assert!(refused(dir.path(), &["train", "--resume", "run"]).contains("configuration"));
+    assert!(refused(dir.path(), &["train", "--model", "resnet8", "--resume", "run"]).contains("--model"));
 }
 
 #[test]

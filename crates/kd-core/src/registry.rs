@@ -102,6 +102,9 @@ pub fn evaluate(entry: &MethodEntry, tensors: &BTreeMap<String, Tensor>, params:
     for (name, tensor) in tensors {
         let tensor = tensor.to_device(&Device::Cpu)?;
         if !tensor.dtype().is_float() {
+            if ["student.", "teacher.", "stone.", "param."].iter().any(|p| name.starts_with(p)) {
+                return Err(Error::refused(format!("`{name}` holds {} numbers, must be f32 or f64", tensor.dtype().as_str())));
+            }
             inputs.insert(name.clone(), tensor);
             continue;
         }

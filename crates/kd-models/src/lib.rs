@@ -44,6 +44,9 @@ use serde::Serialize;
 
 pub use registry::registry;
 
+const MOST_CLASSES: usize = 1_000_000;
+const MOST_PIXELS: usize = 16_384;
+
 /// What every network can be built with.
 #[derive(Clone, Debug, PartialEq)]
 #[non_exhaustive]
@@ -104,11 +107,12 @@ impl ModelEntry {
     /// # Errors
     /// No class, an empty input, one that is too small for the network, or a dropout probability outside `[0, 1)`.
     pub fn build(&self, config: &Config) -> Result<Graph> {
-        if config.classes == 0 {
-            return Err(Error::param("classes", 0, "at least 1"));
+        // The upper ends keep a slip of the finger from asking for all memory.
+        if !(1..=MOST_CLASSES).contains(&config.classes) {
+            return Err(Error::param("classes", config.classes, format!("1 to {MOST_CLASSES}")));
         }
-        if config.input.contains(&0) {
-            return Err(Error::param("input", format!("{:?}", config.input), "channels, height and width of at least 1"));
+        if config.input.iter().any(|n| !(1..=MOST_PIXELS).contains(n)) {
+            return Err(Error::param("input", format!("{:?}", config.input), format!("channels, height and width of 1 to {MOST_PIXELS}")));
         }
         if let Some(p) = config.dropout.filter(|p| !(0.0..1.0).contains(p)) {
             return Err(Error::param("dropout", p, "at least 0 and below 1"));

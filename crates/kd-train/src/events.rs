@@ -145,6 +145,8 @@ impl JsonLines {
     /// Goes on after the first `len` bytes.
     pub(crate) fn open(files: Arc<dyn Files>, path: &Path, len: u64) -> Result<Self> {
         let file = files.open_append(path).map_err(|e| Error::io("opening", path, e))?;
+        // A file that somebody shortened goes on from its end: it must not be filled up with zeros.
+        let len = file.metadata().map_or(len, |m| len.min(m.len()));
         files.truncate(&file, len).map_err(|e| Error::io("cutting back", path, e))?;
         Ok(Self { files, path: path.to_path_buf(), file, len })
     }

@@ -23,7 +23,7 @@ use serde::{Deserialize, Serialize};
 use crate::checkpoint::Generations;
 use crate::events::{Event, JsonLines, Sink};
 use crate::files::{Disk, Files, create_durable, remove_scratch, write_durable};
-use crate::parts::{StringMap, to_safetensors};
+use crate::parts::{StringMap, sha256, to_safetensors};
 use crate::state::{Best, EpochRecord, RunResult, RunState};
 use crate::{Error, Result};
 
@@ -106,7 +106,9 @@ impl RunDir {
     ///
     /// # Errors
     /// Another process at work there, another run's directory, no checkpoint that can be read.
-    pub(crate) fn open(place: RunPlace, fingerprints: StringMap) -> Result<Opened> {
+    pub(crate) fn open(place: RunPlace, mut fingerprints: StringMap) -> Result<Opened> {
+        // The file itself may be edited between two sessions; `run.json` remembers what the run began with.
+        fingerprints.insert("configuration".to_string(), sha256(place.config.as_bytes()));
         let files = Arc::clone(&place.files);
         let files = files.as_ref();
         create_durable(files, &place.dir)?;

@@ -45,6 +45,7 @@ pub struct ClassMeans {
 
 /// Runs the command.
 pub fn run(args: &ClassMeans) -> Result<()> {
+    anyhow::ensure!(args.temperature > 0.0 && args.temperature.is_finite(), "--temperature {}: must be more than 0", args.temperature);
     let file = kd_weights::read(&args.weights)?;
     let name = args.model.clone().or_else(|| file.metadata.get("model").cloned());
     let name = name.context("--model: the weights do not say which network they belong to")?;

@@ -1,5 +1,6 @@
 //! `kd-cli distill`: a student from a teacher.
 
+use std::fs::File;
 use std::path::{Path, PathBuf};
 use std::sync::Arc;
 use std::sync::atomic::AtomicBool;
@@ -141,9 +142,8 @@ fn distill(config: &Config, dir: &Path, args: &RunArgs, stop: &AtomicBool) -> Re
     // Every name is looked up before the first network trains.
     session.check(&splits)?;
     let several = config.baseline || config.teacher.iter().any(|t| t.train.is_some());
-    if several {
-        session.claim(dir)?;
-    }
+    // Held to the end: two processes that train the parts of one run would mix them up.
+    let _lock = if several { Some(session.claim(dir)?) } else { None };
     let part = |name: &str| if several { dir.join(name) } else { dir.to_path_buf() };
     let mut rows = vec![];
 
@@ -213,6 +213,9 @@ impl Session<'_> {
     fn check(&self, splits: &Splits) -> Result<()> {
         splits.train()?;
         kd_models::find(&self.config.student.model)?;
+        if self.config.teacher.len() > 1 || self.config.teacher.iter().any(|t| t.weight != 1.0) {
+            bail!("several teachers, or one with a weight other than 1: no method here combines teachers yet");
+        }
         for teacher in &self.config.teacher {
             kd_models::find(&teacher.model)?;
             if let Some(path) = &teacher.weights
@@ -230,13 +233,20 @@ impl Session<'_> {
     }
 
     /// Writes the whole config into the directory of a run of several networks, so that it can be resumed as a whole.
-    fn claim(&self, dir: &Path) -> Result<()> {
-        let path = dir.join("config.toml");
-        if !path.exists() {
-            std::fs::create_dir_all(dir).with_context(|| format!("cannot make {}", dir.display()))?;
-            output::write_file(&path, self.config.to_toml()?.as_bytes())?;
+    fn claim(&self, dir: &Path) -> Result<File> {
+        std::fs::create_dir_all(dir).with_context(|| format!("cannot make {}", dir.display()))?;
+        let path = dir.join("lock");
+        let lock = File::options().create(true).append(true).open(&path).with_context(|| format!("cannot open {}", path.display()))?;
+        if lock.try_lock().is_err() {
+            bail!("{} is in use by another process; wait for it to end, or choose another directory with --out", dir.display());
         }
-        Ok(())
+        let (path, text) = (dir.join("config.toml"), self.config.to_toml()?);
+        match std::fs::read_to_string(&path) {
+            Ok(recorded) if recorded == text => {}
+            Ok(_) => bail!("{} holds a run with another configuration; choose another directory with --out", dir.display()),
+            Err(_) => output::write_file(&path, text.as_bytes())?,
+        }
+        Ok(lock)
     }
 
     /// A teacher with weights, or one that is trained first.
@@ -312,7 +322,7 @@ impl Session<'_> {
             options: config.run.clone(),
             seed: config.seed,
             place: Some(RunPlace {
-                command: std::env::args().collect(),
+                command: std::env::args_os().map(|a| a.to_string_lossy().into_owned()).collect(),
                 metadata: assemble::metadata(model, shape, splits)?,
                 ..RunPlace::new(place, config.to_toml()?)
             }),
@@ -331,7 +341,7 @@ impl Session<'_> {
 
     fn table(&self, rows: &[Row], alone: Option<f64>, distilled: f64, test: usize, dir: &Path) -> Result<()> {
         if self.args.json {
-            return output::json(&serde_json::json!({"run": dir, "rows": rows}));
+            return output::json(&serde_json::json!({"run": dir.display().to_string(), "rows": rows}));
         }
         let cells: Vec<Vec<String>> = rows
             .iter()

@@ -92,7 +92,7 @@ pub fn run(args: &Eval) -> Result<()> {
     let evaluation = assemble::in_pool(args.threads, || kd_train::evaluate(&network, &mut loader))??;
     if args.json {
         return output::json(&serde_json::json!({
-            "model": name, "weights": args.weights, "data": args.data, "top1": evaluation.top1, "top5": evaluation.top5,
+            "model": name, "weights": args.weights.display().to_string(), "data": args.data, "top1": evaluation.top1, "top5": evaluation.top5,
             "correct": evaluation.correct, "correct5": evaluation.correct5, "total": evaluation.total, "loss": evaluation.loss,
             "ece": evaluation.ece, "mean": normalise.mean, "std": normalise.std,
         }));

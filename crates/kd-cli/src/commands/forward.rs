@@ -91,7 +91,7 @@ pub fn run(args: &Forward) -> Result<()> {
         kd_models::recipe::load(network.parameters())?;
     } else {
         let file = kd_weights::read(Path::new(&args.weights))?;
-        kd_weights::load_into(&network, &file, &kd_weights::LoadOptions::default()).with_context(|| args.weights.clone())?;
+        kd_weights::load_into(&network, &file, &kd_weights::LoadOptions::default())?;
     }
 
     // Block cuts only repeat what stages show.
@@ -106,6 +106,14 @@ pub fn run(args: &Forward) -> Result<()> {
     };
     let mut found: BTreeMap<String, Tensor> = outputs.iter().map(|(cut, t)| (cut.to_string(), t.detach())).collect();
     if let Some(labels) = labels {
+        if labels.dtype().is_float() || labels.dims() != [images.dims()[0]] {
+            bail!(
+                "`labels` must be {} whole numbers, one an image; got {} of shape {:?}",
+                images.dims()[0],
+                labels.dtype().as_str(),
+                labels.dims()
+            );
+        }
         let labels = labels.to_dtype(DType::I64)?;
         gradients(&network, &images, &outputs, &labels, &mut found)?;
     }

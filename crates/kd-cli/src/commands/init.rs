@@ -26,7 +26,13 @@ pub fn run(args: &Init) -> Result<()> {
     if args.path.exists() && !args.force {
         bail!("{} exists; --force overwrites it", args.path.display());
     }
-    output::write_file(&args.path, QUICKSTART.as_bytes())?;
+    // The run is called after its config, so that runs of different configs keep apart.
+    let stem = args.path.file_stem().map(|s| s.to_string_lossy().into_owned()).unwrap_or_default();
+    let named = QUICKSTART.replace(
+        "name = \"quickstart\"             # the run directory is runs/quickstart",
+        &format!("name = {stem:?} # the run directory is runs/{stem}"),
+    );
+    output::write_file(&args.path, named.as_bytes())?;
     output::message(&format!("wrote {}; run it with: kd-cli distill --config {}", args.path.display(), args.path.display()));
     Ok(())
 }

@@ -39,6 +39,7 @@ pub fn run(args: &Loss) -> Result<()> {
         Some(text) => serde_json::from_str(text).with_context(|| format!("the parameters are no JSON: {text}"))?,
         None => Value::Object(serde_json::Map::new()),
     };
+    anyhow::ensure!(params.is_object(), "the parameters must be a JSON object, {{\"temperature\": 4}} say; got {params}");
     // A fixture carries the answers beside the questions.
     let inputs = tensors
         .into_iter()

@@ -18,10 +18,10 @@ use crate::{assemble, output};
 )]
 pub struct Train {
     /// The network to train; overrides `student.model`.
-    #[arg(long)]
+    #[arg(long, conflicts_with = "resume")]
     model: Option<String>,
     /// The data set to train on; overrides `data.source`.
-    #[arg(long)]
+    #[arg(long, conflicts_with = "resume")]
     data: Option<String>,
     #[command(flatten)]
     run: RunArgs,
@@ -42,7 +42,7 @@ pub fn run(args: &Train) -> Result<()> {
         let splits = assemble::splits(&config.data, config.data.train_limit, config.seed)?;
         let (_, result) = session.student("train", &config, &splits, &[], &dir)?;
         if args.run.json {
-            return output::json(&serde_json::json!({"run": dir, "result": result}));
+            return output::json(&serde_json::json!({"run": dir.display().to_string(), "result": result}));
         }
         let last = result.test.or(result.history.last().map(|h| h.evaluation));
         if let Some(e) = last {
