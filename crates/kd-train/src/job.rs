@@ -89,7 +89,7 @@ pub struct Data {
     pub class_groups: Option<Vec<i64>>,
 }
 
-/// How [`train`] returned.
+/// How [`train`](crate::train) returned.
 #[derive(Clone, Debug, PartialEq)]
 pub enum Outcome {
     /// The run is at its end, now or already before; the student holds the exported weights (where those are the student's own).
