@@ -234,8 +234,8 @@ impl Kernel for Add<'_> {
             lanes!(V, n, c, lane => {
                 // SAFETY: `c` and its lanes are channels of `n`, and every chunk has `pixels` pixels.
                 unsafe {
-                    let la = if let Some(l) = self.a.1 { Some(Factors::<V>::of(l, c, lane)) } else { None };
-                    let lb = if let Some(l) = self.b.1 { Some(Factors::<V>::of(l, c, lane)) } else { None };
+                    let la = self.a.1.map(|l| Factors::<V>::of(l, c, lane));
+                    let lb = self.b.1.map(|l| Factors::<V>::of(l, c, lane));
                     let (mut a, mut b, mut out) = (a.as_ptr().add(c), b.as_ptr().add(c), out.as_mut_ptr().add(c));
                     for _ in 0..pixels {
                         let (mut va, mut vb) = (lane.load(a), lane.load(b));
