@@ -123,7 +123,7 @@ impl ConvGrad<'_> {
             let x_len = if weighted { self.inputs.scratch_len(group) } else { 0 };
             let d_len = if self.direct() { 0 } else { group * conv.grad.len() };
             let product_len = if weighted { conv.product_len() } else { 0 };
-            scratch(x_len + d_len + product_len + conv.work_len(group), |memory| {
+            scratch(x_len + d_len + product_len + conv.work_len(), |memory| {
                 let (x_pad, memory) = memory.split_at_mut(x_len);
                 let (d_pad, memory) = memory.split_at_mut(d_len);
                 let (product, work) = memory.split_at_mut(product_len);
@@ -187,7 +187,7 @@ impl ConvGrad<'_> {
             }
             if let Some(input) = &mut input {
                 let group = conv.group();
-                scratch(conv.work_len(group), |work| {
+                scratch(conv.work_len(), |work| {
                     for (start, d) in (first..).step_by(group).zip(d[..all * d_len].chunks(group * d_len)) {
                         input.write(self, &share, start, Group { images: d.len() / d_len, x: d, ahead: &[] }, &lanes, work);
                     }

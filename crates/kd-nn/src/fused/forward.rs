@@ -163,7 +163,7 @@ impl Tape {
             let inputs = Inputs { conv, x, lens };
             let group = conv.group();
             let pad_len = inputs.scratch_len(group);
-            scratch(pad_len + conv.work_len(group), |memory| {
+            scratch(pad_len + conv.work_len(), |memory| {
                 let (pad, work) = memory.split_at_mut(pad_len);
                 inputs.clear(pad);
                 for (start, out) in (share.images.start..).step_by(group).zip(out.chunks_mut(group * out_len)) {

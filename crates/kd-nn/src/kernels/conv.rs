@@ -272,9 +272,9 @@ impl Conv {
         self.fast.map_or_else(|| self.panels_len(&self.backward, true), |[_, w]| w.packed_len())
     }
 
-    /// Floats of work memory for a group of images.
-    pub(crate) fn work_len(&self, images: usize) -> usize {
-        self.fast.map_or(0, |ways| ways.map(|w| w.work_len(images)).into_iter().max().unwrap_or(0))
+    /// Floats of work memory.
+    pub(crate) fn work_len(&self) -> usize {
+        self.fast.map_or(0, |ways| ways.map(|w| w.work_len()).into_iter().max().unwrap_or(0))
     }
 
     /// Floats that a weight gradient is summed in before [`Conv::finish_weight_grad`].
@@ -286,7 +286,7 @@ impl Conv {
     /// be worth reading.
     pub(crate) fn group(&self) -> usize {
         match self.fast {
-            Some([w, _]) => (96 * 1024 / w.work_len(1)).max(32usize.div_ceil(w.tiles_of_image())).max(1),
+            Some([w, _]) => w.images(),
             None if self.weight_len() > 128 * 1024 => (256 * 1024 / (self.input.len() + self.out_image())).max(1),
             None => (64 * 1024 / (self.input.len() + self.out_image())).max(1),
         }
@@ -723,7 +723,7 @@ mod tests {
                 continue;
             }
             let allowed = if fast { 1e-5 } else { 2e-6 };
-            let mut work = vec![f32::NAN; plan.work_len(images)];
+            let mut work = vec![f32::NAN; plan.work_len()];
             let pixels = plan.oh * plan.ow;
             let x = values(images * h * w * ci, 1);
             let weight = values(plan.weight_len(), 2);

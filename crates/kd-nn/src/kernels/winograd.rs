@@ -14,6 +14,8 @@
 #![allow(unsafe_code, unsafe_op_in_unsafe_fn)]
 #![allow(clippy::needless_range_loop)] // indices of several arrays at once, unrolled by constants
 
+use std::ops::Range;
+
 use super::conv::{Epilogue, Padded};
 use super::tile::{self, Activation, Nn, Tn};
 use super::vector::{Kernel, Level, Vector};
@@ -25,8 +27,11 @@ const TILE: usize = 4;
 const REACH: usize = 6;
 /// Products of a tile.
 const POINTS: usize = REACH * REACH;
-/// Floats between the matrices of neighbouring points beside their own: never a power of two apart.
-const GAP: usize = 16;
+
+/// Floats from the matrix of one point to that of the next one: never a power of two.
+fn matrix(rows: usize, columns: usize) -> usize {
+    rows * columns + 16
+}
 
 /// The geometry of one direction.
 #[derive(Clone, Copy, Debug)]
@@ -73,17 +78,31 @@ impl Winograd {
     }
 
     /// Tiles of an image altogether.
-    pub(crate) fn tiles_of_image(&self) -> usize {
+    fn tiles_of_image(&self) -> usize {
         self.tiles().iter().product()
     }
 
-    fn count(&self, images: usize) -> usize {
-        images * self.tiles_of_image()
+    /// Tiles that go through all three phases together: few enough for their points to stay in the second-level cache, enough for the
+    /// transformed weight to be worth reading.
+    fn block(&self) -> usize {
+        (2 * 1024 / (self.channels + self.outputs)).max(32)
     }
 
-    /// Floats from one point's matrix of `n` columns to the next one's.
-    fn step(&self, images: usize, n: usize) -> usize {
-        self.count(images) * n + GAP
+    /// Images that fill a block.
+    pub(crate) fn images(&self) -> usize {
+        self.block().div_ceil(self.tiles_of_image())
+    }
+
+    /// Where a tile begins in images of `from` pixels.
+    fn place(&self, tile: usize) -> [usize; 3] {
+        let [down, across] = self.tiles();
+        [tile / (down * across), tile / across % down, tile % across]
+    }
+
+    /// The blocks of the tiles of some images.
+    fn blocks(&self, images: usize) -> impl ExactSizeIterator<Item = Range<usize>> + use<> {
+        let (tiles, block) = (images * self.tiles_of_image(), self.block());
+        (0..tiles.div_ceil(block)).map(move |i| i * block..tiles.min((i + 1) * block))
     }
 
     /// Floats of the transformed weight.
@@ -91,9 +110,9 @@ impl Winograd {
         POINTS * tile::packed_len(self.level, self.outputs, self.channels)
     }
 
-    /// Floats of work memory for a group of images, forwards or for a weight gradient.
-    pub(crate) fn work_len(&self, images: usize) -> usize {
-        POINTS * (self.step(images, self.channels) + self.step(images, self.outputs))
+    /// Floats of work memory.
+    pub(crate) fn work_len(&self) -> usize {
+        POINTS * (matrix(self.block(), self.channels) + matrix(self.block(), self.outputs))
     }
 
     /// Floats of the gradient of the transformed weight.
@@ -123,19 +142,28 @@ impl Winograd {
         let len = images * self.rows * self.cols * self.outputs;
         assert!(x.len() >= images * self.input.len() && out.len() >= len && panels.len() == self.packed_len());
         assert!(epilogue.residual.is_none_or(|r| r.len() >= len) && epilogue.bias.is_none_or(|b| b.len() == self.outputs));
-        let (v, m) = work[..self.work_len(images)].split_at_mut(POINTS * self.step(images, self.channels));
-        self.level.run(Spread::<false> { w: self, images, x, from: self.input, origin: 0, channels: self.channels, v: &mut *v });
-        self.level.run(Products { w: self, rows: self.count(images), v, panels, m: &mut *m, ahead, out: &out[..len] });
-        self.level.run(Gather { w: self, images, m, out, epilogue, add });
+        let (v, m) = work[..self.work_len()].split_at_mut(POINTS * matrix(self.block(), self.channels));
+        let blocks = self.blocks(images);
+        for (number, tiles) in self.blocks(images).enumerate() {
+            let share = Share { number, of: blocks.len(), ahead, next: &out[..len] };
+            let (from, channels) = (self.input, self.channels);
+            self.level.run(Spread::<false> { w: self, tiles: tiles.clone(), x, from, origin: 0, channels, v: &mut *v });
+            self.level.run(Products { w: self, rows: tiles.len(), v, panels, m: &mut *m, share });
+            self.level.run(Gather { w: self, tiles, m, out, epilogue, add });
+        }
     }
 
     /// Adds to the gradient of the transformed weight, `[point][channel][output]`, from `images` padded inputs and their gradients.
     pub(crate) fn weight_grad(&self, images: usize, x: &[f32], dy: &[f32], grad: Padded, product: &mut [f32], work: &mut [f32]) {
         assert!(x.len() >= images * self.input.len() && dy.len() >= images * grad.len() && product.len() == self.product_len());
-        let (v, d) = work[..self.work_len(images)].split_at_mut(POINTS * self.step(images, self.channels));
-        self.level.run(Spread::<false> { w: self, images, x, from: self.input, origin: 0, channels: self.channels, v: &mut *v });
-        self.level.run(Spread::<true> { w: self, images, x: dy, from: grad, origin: grad.origin(), channels: self.outputs, v: &mut *d });
-        self.level.run(Correlate { w: self, rows: self.count(images), v, d, product });
+        let (v, d) = work[..self.work_len()].split_at_mut(POINTS * matrix(self.block(), self.channels));
+        for tiles in self.blocks(images) {
+            let (from, channels) = (self.input, self.channels);
+            self.level.run(Spread::<false> { w: self, tiles: tiles.clone(), x, from, origin: 0, channels, v: &mut *v });
+            let (from, channels) = (grad, self.outputs);
+            self.level.run(Spread::<true> { w: self, tiles: tiles.clone(), x: dy, from, origin: grad.origin(), channels, v: &mut *d });
+            self.level.run(Correlate { w: self, rows: tiles.len(), v, d, product });
+        }
     }
 
     /// Adds a gradient of the transformed weight to one of the weight, `[tap][channel][output]`.
@@ -228,7 +256,7 @@ unsafe fn put<V: Vector, const WHOLE: bool>(v: V, p: *mut f32, mask: V::Mask) {
 /// Tiles of images to points: `v[point][tile][channel]`, `B^T d B` of inputs or (`GRAD`) `A y A^T` of gradients.
 struct Spread<'a, const GRAD: bool> {
     w: &'a Winograd,
-    images: usize,
+    tiles: Range<usize>,
     x: &'a [f32],
     from: Padded,
     /// Where the first tile begins in an image.
@@ -242,27 +270,21 @@ impl<const GRAD: bool> Kernel for Spread<'_, GRAD> {
 
     #[inline(always)]
     fn run<V: Vector>(self) {
-        let [down, across] = self.w.tiles();
-        let step = self.w.step(self.images, self.channels);
+        let step = matrix(self.tiles.len(), self.channels);
         let v = self.v.as_mut_ptr();
-        let mut tile = 0;
-        for image in 0..self.images {
-            for ty in 0..down {
-                for tx in 0..across {
-                    let from = image * self.from.len() + self.origin + TILE * (ty * self.from.row() + tx * self.channels);
-                    for (c, lanes) in vectors::<V>(self.channels) {
-                        // SAFETY: `Conv` gives padded images that hold whole tiles, and `work_len` floats for all tiles' points.
-                        unsafe {
-                            let (x, v) = (self.x.as_ptr().add(from + c), v.add(tile * self.channels + c));
-                            let steps = [self.from.row(), self.channels, step];
-                            if lanes == V::LANES {
-                                spread::<V, GRAD, true>(x, v, steps, V::first(lanes));
-                            } else {
-                                spread::<V, GRAD, false>(x, v, steps, V::first(lanes));
-                            }
-                        }
+        for (at, tile) in self.tiles.clone().enumerate() {
+            let [image, ty, tx] = self.w.place(tile);
+            let from = image * self.from.len() + self.origin + TILE * (ty * self.from.row() + tx * self.channels);
+            for (c, lanes) in vectors::<V>(self.channels) {
+                // SAFETY: `Conv` gives padded images that hold whole tiles, and `work_len` floats for all tiles' points.
+                unsafe {
+                    let (x, v) = (self.x.as_ptr().add(from + c), v.add(at * self.channels + c));
+                    let steps = [self.from.row(), self.channels, step];
+                    if lanes == V::LANES {
+                        spread::<V, GRAD, true>(x, v, steps, V::first(lanes));
+                    } else {
+                        spread::<V, GRAD, false>(x, v, steps, V::first(lanes));
                     }
-                    tile += 1;
                 }
             }
         }
@@ -319,12 +341,27 @@ unsafe fn put_row<V: Vector, const WHOLE: bool>(points: [V; 6], p: *mut f32, ste
 /// Memory that will be read next: asked for while the products are computed, which need none of it.
 pub(crate) type Ahead<'a> = &'a [&'a [f32]];
 
-/// Asks for the share of `x` that falls on one point.
-#[inline(always)]
-fn prefetch<V: Vector>(x: &[f32], point: usize) {
-    let lines = x.len() / 16;
-    for line in point * lines / POINTS..(point + 1) * lines / POINTS {
-        V::prefetch(x.as_ptr().wrapping_add(line * 16));
+/// The share of one block in asking for memory ahead.
+#[derive(Clone, Copy)]
+struct Share<'a> {
+    number: usize,
+    of: usize,
+    ahead: Ahead<'a>,
+    /// What is written next.
+    next: &'a [f32],
+}
+
+impl Share<'_> {
+    /// Asks for what falls on one point of the block.
+    #[inline(always)]
+    fn prefetch<V: Vector>(&self, point: usize) {
+        let (part, parts) = (self.number * POINTS + point, self.of * POINTS);
+        for x in self.ahead.iter().copied().chain([self.next]) {
+            let lines = x.len() / 16;
+            for line in part * lines / parts..(part + 1) * lines / parts {
+                V::prefetch(x.as_ptr().wrapping_add(line * 16));
+            }
+        }
     }
 }
 
@@ -336,9 +373,7 @@ struct Products<'a> {
     v: &'a [f32],
     panels: &'a [f32],
     m: &'a mut [f32],
-    ahead: Ahead<'a>,
-    /// What is written next.
-    out: &'a [f32],
+    share: Share<'a>,
 }
 
 impl Kernel for Products<'_> {
@@ -347,11 +382,10 @@ impl Kernel for Products<'_> {
     #[inline(always)]
     fn run<V: Vector>(self) {
         let (channels, outputs) = (self.w.channels, self.w.outputs);
-        let (v_step, m_step) = (self.rows * channels + GAP, self.rows * outputs + GAP);
+        let (v_step, m_step) = (matrix(self.rows, channels), matrix(self.rows, outputs));
         let (mut panel, m) = (self.panels, self.m.as_mut_ptr());
         for point in 0..POINTS {
-            self.ahead.iter().for_each(|x| prefetch::<V>(x, point));
-            prefetch::<V>(self.out, point);
+            self.share.prefetch::<V>(point);
             for block in tile::blocks(self.w.level, outputs) {
                 let (own, rest) = panel.split_at(channels * block.vectors * V::LANES);
                 panel = rest;
@@ -385,7 +419,7 @@ impl Kernel for Products<'_> {
 /// Points to images: `A^T m A`, and what follows a convolution.
 struct Gather<'a> {
     w: &'a Winograd,
-    images: usize,
+    tiles: Range<usize>,
     m: &'a [f32],
     out: &'a mut [f32],
     epilogue: Epilogue<'a>,
@@ -398,39 +432,33 @@ impl Kernel for Gather<'_> {
     #[inline(always)]
     fn run<V: Vector>(self) {
         let w = self.w;
-        let [down, across] = w.tiles();
-        let step = w.step(self.images, w.outputs);
+        let step = matrix(self.tiles.len(), w.outputs);
         let out = self.out.as_mut_ptr();
-        let mut tile = 0;
-        for image in 0..self.images {
-            for ty in 0..down {
-                for tx in 0..across {
-                    let to = ((image * w.rows + TILE * ty) * w.cols + TILE * tx) * w.outputs;
-                    let size = [(w.rows - TILE * ty).min(TILE), (w.cols - TILE * tx).min(TILE)];
-                    for (c, lanes) in vectors::<V>(w.outputs) {
-                        let at = |x: Option<&[f32]>, i: usize| x.map_or(std::ptr::null(), |x| x[i..].as_ptr());
-                        // SAFETY: `forward` checked output and residual; the points of every tile lie in `m`.
-                        unsafe {
-                            let place = Place {
-                                m: self.m.as_ptr().add(tile * w.outputs + c),
-                                step,
-                                out: out.add(to + c),
-                                row: w.cols * w.outputs,
-                                col: w.outputs,
-                                size,
-                                bias: at(self.epilogue.bias, c),
-                                residual: at(self.epilogue.residual, to + c),
-                                activation: self.epilogue.activation,
-                                add: self.add,
-                            };
-                            if lanes == V::LANES && size == [TILE; 2] {
-                                gather::<V, true>(&place, V::first(lanes));
-                            } else {
-                                gather::<V, false>(&place, V::first(lanes));
-                            }
-                        }
+        for (number, tile) in self.tiles.clone().enumerate() {
+            let [image, ty, tx] = w.place(tile);
+            let to = ((image * w.rows + TILE * ty) * w.cols + TILE * tx) * w.outputs;
+            let size = [(w.rows - TILE * ty).min(TILE), (w.cols - TILE * tx).min(TILE)];
+            for (c, lanes) in vectors::<V>(w.outputs) {
+                let at = |x: Option<&[f32]>, i: usize| x.map_or(std::ptr::null(), |x| x[i..].as_ptr());
+                // SAFETY: `forward` checked output and residual; the points of every tile lie in `m`.
+                unsafe {
+                    let place = Place {
+                        m: self.m.as_ptr().add(number * w.outputs + c),
+                        step,
+                        out: out.add(to + c),
+                        row: w.cols * w.outputs,
+                        col: w.outputs,
+                        size,
+                        bias: at(self.epilogue.bias, c),
+                        residual: at(self.epilogue.residual, to + c),
+                        activation: self.epilogue.activation,
+                        add: self.add,
+                    };
+                    if lanes == V::LANES && size == [TILE; 2] {
+                        gather::<V, true>(&place, V::first(lanes));
+                    } else {
+                        gather::<V, false>(&place, V::first(lanes));
                     }
-                    tile += 1;
                 }
             }
         }
@@ -511,7 +539,7 @@ impl Kernel for Correlate<'_> {
     #[inline(always)]
     fn run<V: Vector>(self) {
         let (channels, outputs) = (self.w.channels, self.w.outputs);
-        let (v_step, d_step) = (self.rows * channels + GAP, self.rows * outputs + GAP);
+        let (v_step, d_step) = (matrix(self.rows, channels), matrix(self.rows, outputs));
         let product = self.product.as_mut_ptr();
         for point in 0..POINTS {
             for block in tile::blocks(self.w.level, outputs) {

@@ -20,7 +20,7 @@ fn graph(channels: usize, size: [usize; 2], layers: &[Layer], flatten: bool) -> 
         let (p, q, r) = (usize::from(p), usize::from(q), usize::from(r));
         let [c, h, w] = <[usize; 3]>::try_from(b.shape()).unwrap();
         let name = |part: &str| format!("l{i}.{part}");
-        let out = 1 + p % 21;
+        let out = 1 + p % 41;
         match kind % 22 {
             0 => {
                 b.conv(&name("conv"), Conv::new(out, 3).pad(1).stride(1 + q % 2));
@@ -273,6 +273,31 @@ fn random_graphs_match_the_reference() {
         // Deep graphs amplify f32's rounding; the reference executor in f32 shows by how much.
         let rounding = single.iter().zip(&reference).map(|((_, a), (_, b))| distance(a, b)).fold(0.0, f64::max);
         compare(&fused, &reference, 1e-5 + 4.0 * rounding)
+    });
+}
+
+#[test]
+fn the_fast_precision_is_near_the_strict_one() {
+    // Convolutions that Winograd's algorithm takes, behind and before all kinds of layers.
+    let layers = prop::collection::vec((prop::sample::select(vec![0u8, 7, 8, 16]), 15u8..41, any::<u8>(), any::<u8>()), 1..4);
+    let case = (16usize..40, 6usize..18, 6usize..18, 1usize..20, layers, 0u8..3, any::<bool>());
+    let case = case.prop_map(|(channels, h, w, batch, layers, mode, input)| {
+        let layers = layers.into_iter().map(|(kind, p, q, r)| (kind, p, if kind == 0 { q & !1 } else { q | 1 }, r)).collect();
+        Case { channels, size: [h, w], batch, layers, flatten: false, mode, input }
+    });
+    cases(40, case, |case| {
+        let strict = run(&network(case.graph(), DType::F32, Executor::Fused), &case.images(), case.mode(), case.input);
+        let go = || {
+            run(
+                &network(case.graph(), DType::F32, Executor::Fused).with_precision(Precision::Fast),
+                &case.images(),
+                case.mode(),
+                case.input,
+            )
+        };
+        let fast = go();
+        prop_assert!(bits(&fast) == bits(&rayon::ThreadPoolBuilder::new().num_threads(3).build().unwrap().install(go)));
+        compare(&fast, &strict, 2e-4)
     });
 }
 
