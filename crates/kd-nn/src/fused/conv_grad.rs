@@ -8,10 +8,14 @@ use crate::kernels::buffer::Buffer;
 use crate::kernels::conv::{Conv, Group, Padded};
 use crate::kernels::norm;
 use crate::kernels::threads::{Lanes, Share, cut, each, ranges, scratch};
+use crate::kernels::winograd::{Points, Winograd};
 
 /// Weights up to so many floats have their gradient summed per lane, so many lanes being kept; larger ones are divided among the threads
 /// by rows of the product, each summed over the whole batch by one thread.
 const LANE_SIZES: [(usize, usize); 2] = [(16 * 1024, 16), (64 * 1024, 8)];
+
+/// Channels times outputs whose products of all points a thread sums at a time.
+const CHANNELS: usize = 8 * 1024;
 
 /// A weight gradient on the way.
 pub(super) struct WeightSums {
@@ -98,7 +102,10 @@ impl ConvGrad<'_> {
     /// by lane.
     pub(super) fn run(&self, tape: &Tape, weight: Option<&mut WeightSums>, input: Option<InputGrad>) -> Vec<f64> {
         match weight {
-            Some(sums) if sums.by_row => self.by_row(tape, sums, input),
+            Some(sums) if sums.by_row => match self.inputs.conv.winograd() {
+                Some(w) => self.by_channel(tape, w, sums, input),
+                None => self.by_row(tape, sums, input),
+            },
             Some(sums) => self.by_lane(sums.lanes, Some(sums), input),
             None => self.by_lane(tape.lanes, None, input),
         }
@@ -202,6 +209,72 @@ impl ConvGrad<'_> {
         let ranges = ranges(conv.weight_len() / conv.co);
         let parts = cut(&mut sums.weight, ranges.iter().map(|r| r.len() * conv.co));
         each(ranges.into_iter().zip(parts).collect(), |(range, part)| conv.weight_grad(lanes.images, x, d, range, part));
+        finished
+    }
+
+    /// Transforms all images once, then lets every thread sum the weight's gradient of its channels over all of them.
+    fn by_channel(&self, tape: &Tape, w: &Winograd, sums: &mut WeightSums, input: Option<InputGrad>) -> Vec<f64> {
+        let (conv, lanes) = (self.inputs.conv, tape.lanes);
+        let (x_len, d_len, biased) = (conv.input.len(), conv.grad.len(), !sums.bias.is_empty());
+        let shares = lanes.shares();
+        let tiles: Vec<usize> = shares.iter().map(|s| s.images.len() * w.tiles_of_image()).collect();
+        let lens: Vec<[usize; 2]> = tiles.iter().map(|&t| w.points_len(t)).collect();
+        let mut vs = tape.pool.take(lens.iter().map(|l| l[0]).sum());
+        let mut ds = tape.pool.take(lens.iter().map(|l| l[1]).sum());
+        let (v_parts, d_parts) = (cut(&mut vs, lens.iter().map(|l| l[0])), cut(&mut ds, lens.iter().map(|l| l[1])));
+        let biases = cut(&mut sums.bias, shares.iter().map(|s| if biased { s.lanes.len() * conv.co } else { 0 }));
+        let mut finished = finish_sums(&input, lanes);
+        let inputs = self.divide(input, &shares, &mut finished);
+        let parts: Vec<_> = shares.into_iter().zip(v_parts.into_iter().zip(d_parts)).zip(biases.into_iter().zip(inputs)).collect();
+        each(parts, |((share, (v, d_points)), (bias, mut input))| {
+            let (group, all) = (conv.group(), share.images.len() * w.tiles_of_image());
+            let (x_pad_len, d_pad_len) = (self.inputs.scratch_len(group), if self.direct() { 0 } else { group * d_len });
+            scratch(x_pad_len + d_pad_len + conv.work_len(), |memory| {
+                let (x_pad, memory) = memory.split_at_mut(x_pad_len);
+                let (d_pad, work) = memory.split_at_mut(d_pad_len);
+                clear(&conv.input, x_pad);
+                clear(&conv.grad, d_pad);
+                for start in share.images.clone().step_by(group) {
+                    let n = group.min(share.images.end - start);
+                    let (tiles, at) = (0..n * w.tiles_of_image(), (start - share.images.start) * w.tiles_of_image());
+                    let d = self.read_grad(start, n, d_pad);
+                    let x = self.inputs.read(self.level, start, n, conv.input.image(), x_pad);
+                    w.spread_inputs(tiles.clone(), &x[..n * x_len], at, all, v);
+                    w.spread_grads(tiles, &d[..n * d_len], conv.grad, at, all, d_points);
+                    for (i, image) in (start..).zip(d.chunks_exact(d_len).take(n)).filter(|_| biased) {
+                        self.bias(1, image, nth_mut(bias, conv.co, lanes.of(i) - share.lanes.start));
+                    }
+                    if let Some(input) = &mut input {
+                        let ahead = self.ahead(start + n, share.images.end.min(start + 2 * n), true);
+                        input.write(self, &share, start, Group { images: n, x: d, ahead: &ahead }, &lanes, work);
+                    }
+                }
+            });
+        });
+        let (mut pairs, mut from) = (vec![], [0, 0]);
+        for (&tiles, len) in tiles.iter().zip(&lens) {
+            pairs.push(Points { tiles, v: &vs[from[0]..from[0] + len[0]], d: &ds[from[1]..from[1] + len[1]] });
+            from = [from[0] + len[0], from[1] + len[1]];
+        }
+        let channels = ranges(conv.ci);
+        let mut taps: Vec<Vec<&mut [f32]>> = channels.iter().map(|_| vec![]).collect();
+        for tap in sums.weight.chunks_exact_mut(conv.ci * conv.co) {
+            let rows = cut(tap, channels.iter().map(|r| r.len() * conv.co));
+            taps.iter_mut().zip(rows).for_each(|(taps, row)| taps.push(row));
+        }
+        each(channels.into_iter().zip(taps).collect(), |(range, mut taps)| {
+            // As many channels at a time as keep the products in the cache.
+            let most = (CHANNELS / conv.co).max(1);
+            scratch(w.product_len() / conv.ci * most, |product| {
+                for start in range.clone().step_by(most) {
+                    let some = start..range.end.min(start + most);
+                    let from = (start - range.start) * conv.co;
+                    let mut rows: Vec<&mut [f32]> = taps.iter_mut().map(|t| &mut t[from..from + some.len() * conv.co]).collect();
+                    let len = w.product_len() / conv.ci * some.len();
+                    w.weight_rows(&pairs, some, &mut rows, &mut product[..len]);
+                }
+            });
+        });
         finished
     }
 

@@ -456,6 +456,11 @@ impl Conv {
         }
     }
 
+    /// The forward direction in Winograd's way, if it is.
+    pub(crate) fn winograd(&self) -> Option<&Winograd> {
+        self.fast.as_ref().map(|[w, _]| w)
+    }
+
     /// Adds a product to the weight's gradient.
     pub(crate) fn finish_weight_grad(&self, product: &[f32], dw: &mut [f32]) {
         if let Some([w, _]) = &self.fast {

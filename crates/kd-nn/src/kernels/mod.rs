@@ -49,6 +49,6 @@ pub(crate) mod pool;
 pub(crate) mod threads;
 pub(crate) mod tile;
 mod vector;
-mod winograd;
+pub(crate) mod winograd;
 
 pub use vector::Level;

@@ -77,11 +77,6 @@ impl Winograd {
         [self.rows.div_ceil(TILE), self.cols.div_ceil(TILE)]
     }
 
-    /// Tiles of an image altogether.
-    fn tiles_of_image(&self) -> usize {
-        self.tiles().iter().product()
-    }
-
     /// Tiles that go through all three phases together: few enough for their points to stay in the second-level cache, enough for the
     /// transformed weight to be worth reading.
     fn block(&self) -> usize {
@@ -146,8 +141,7 @@ impl Winograd {
         let blocks = self.blocks(images);
         for (number, tiles) in self.blocks(images).enumerate() {
             let share = Share { number, of: blocks.len(), ahead, next: &out[..len] };
-            let (from, channels) = (self.input, self.channels);
-            self.level.run(Spread::<false> { w: self, tiles: tiles.clone(), x, from, origin: 0, channels, v: &mut *v });
+            self.spread_inputs(tiles.clone(), x, 0, tiles.len(), v);
             self.level.run(Products { w: self, rows: tiles.len(), v, panels, m: &mut *m, share });
             self.level.run(Gather { w: self, tiles, m, out, epilogue, add });
         }
@@ -155,23 +149,71 @@ impl Winograd {
 
     /// Adds to the gradient of the transformed weight, `[point][channel][output]`, from `images` padded inputs and their gradients.
     pub(crate) fn weight_grad(&self, images: usize, x: &[f32], dy: &[f32], grad: Padded, product: &mut [f32], work: &mut [f32]) {
-        assert!(x.len() >= images * self.input.len() && dy.len() >= images * grad.len() && product.len() == self.product_len());
+        assert!(product.len() == self.product_len());
         let (v, d) = work[..self.work_len()].split_at_mut(POINTS * matrix(self.block(), self.channels));
         for tiles in self.blocks(images) {
-            let (from, channels) = (self.input, self.channels);
-            self.level.run(Spread::<false> { w: self, tiles: tiles.clone(), x, from, origin: 0, channels, v: &mut *v });
-            let (from, channels) = (grad, self.outputs);
-            self.level.run(Spread::<true> { w: self, tiles: tiles.clone(), x: dy, from, origin: grad.origin(), channels, v: &mut *d });
-            self.level.run(Correlate { w: self, rows: tiles.len(), v, d, product });
+            let all = tiles.len();
+            self.spread_inputs(tiles.clone(), x, 0, all, v);
+            self.spread_grads(tiles, dy, grad, 0, all, d);
+            let pairs = [Points { tiles: all, v, d }];
+            self.level.run(Correlate { w: self, pairs: &pairs, channels: 0..self.channels, product });
         }
+    }
+
+    /// Floats of the points of `tiles` tiles of inputs, and of gradients.
+    pub(crate) fn points_len(&self, tiles: usize) -> [usize; 2] {
+        [self.channels, self.outputs].map(|n| POINTS * matrix(tiles, n))
+    }
+
+    /// Transforms tiles of padded inputs and puts them from tile `at` of `all` on.
+    pub(crate) fn spread_inputs(&self, tiles: Range<usize>, x: &[f32], at: usize, all: usize, v: &mut [f32]) {
+        let channels = self.channels;
+        assert!(tiles.end <= x.len() / self.input.len() * self.tiles_of_image() && at + tiles.len() <= all);
+        assert!(v.len() >= POINTS * matrix(all, channels));
+        self.level.run(Spread::<false> { w: self, tiles, x, from: self.input, origin: 0, channels, v, at, all });
+    }
+
+    /// Transforms tiles of padded gradients of the output, likewise.
+    pub(crate) fn spread_grads(&self, tiles: Range<usize>, dy: &[f32], grad: Padded, at: usize, all: usize, d: &mut [f32]) {
+        let channels = self.outputs;
+        assert!(tiles.end <= dy.len() / grad.len() * self.tiles_of_image() && at + tiles.len() <= all);
+        assert!(d.len() >= POINTS * matrix(all, channels));
+        self.level.run(Spread::<true> { w: self, tiles, x: dy, from: grad, origin: grad.origin(), channels, v: d, at, all });
+    }
+
+    /// The weight's gradient for some of the channels, `[tap][channel][output]`, from the points of all tiles in parts.
+    pub(crate) fn weight_rows(&self, pairs: &[Points], channels: Range<usize>, taps: &mut [&mut [f32]], product: &mut [f32]) {
+        let len = channels.len() * self.outputs;
+        assert!(taps.len() == 9 && taps.iter().all(|t| t.len() == len) && product.len() == POINTS * len);
+        assert!(
+            pairs
+                .iter()
+                .all(|p| p.v.len() >= POINTS * matrix(p.tiles, self.channels) && p.d.len() >= POINTS * matrix(p.tiles, self.outputs))
+        );
+        product.fill(0.0);
+        self.level.run(Correlate { w: self, pairs, channels, product });
+        self.level.run(Untransform { product, taps });
     }
 
     /// Adds a gradient of the transformed weight to one of the weight, `[tap][channel][output]`.
     pub(crate) fn add_product(&self, product: &[f32], dw: &mut [f32]) {
         let len = self.channels * self.outputs;
         assert!(product.len() == POINTS * len && dw.len() == 9 * len);
-        self.level.run(Untransform { product, dw, len });
+        let mut taps: Vec<&mut [f32]> = dw.chunks_exact_mut(len).collect();
+        self.level.run(Untransform { product, taps: &mut taps });
     }
+
+    /// Tiles of an image.
+    pub(crate) fn tiles_of_image(&self) -> usize {
+        self.tiles().iter().product()
+    }
+}
+
+/// The points of some tiles: of their inputs and of the gradients of their outputs.
+pub(crate) struct Points<'a> {
+    pub tiles: usize,
+    pub v: &'a [f32],
+    pub d: &'a [f32],
 }
 
 /// `B^T d`: six inputs to six points.
@@ -263,6 +305,9 @@ struct Spread<'a, const GRAD: bool> {
     origin: usize,
     channels: usize,
     v: &'a mut [f32],
+    /// Where the tiles go among `all` of the points' rows.
+    at: usize,
+    all: usize,
 }
 
 impl<const GRAD: bool> Kernel for Spread<'_, GRAD> {
@@ -270,9 +315,9 @@ impl<const GRAD: bool> Kernel for Spread<'_, GRAD> {
 
     #[inline(always)]
     fn run<V: Vector>(self) {
-        let step = matrix(self.tiles.len(), self.channels);
+        let step = matrix(self.all, self.channels);
         let v = self.v.as_mut_ptr();
-        for (at, tile) in self.tiles.clone().enumerate() {
+        for (at, tile) in (self.at..).zip(self.tiles.clone()) {
             let [image, ty, tx] = self.w.place(tile);
             let from = image * self.from.len() + self.origin + TILE * (ty * self.from.row() + tx * self.channels);
             for (c, lanes) in vectors::<V>(self.channels) {
@@ -526,10 +571,9 @@ unsafe fn finish<V: Vector, const WHOLE: bool>(v: V, bias: V, t: &Place, at: usi
 /// The 36 products of a weight gradient: `product[point] += v[point]^T d[point]`.
 struct Correlate<'a> {
     w: &'a Winograd,
-    /// Tiles.
-    rows: usize,
-    v: &'a [f32],
-    d: &'a [f32],
+    pairs: &'a [Points<'a>],
+    /// The channels that `product` holds.
+    channels: Range<usize>,
     product: &'a mut [f32],
 }
 
@@ -539,27 +583,29 @@ impl Kernel for Correlate<'_> {
     #[inline(always)]
     fn run<V: Vector>(self) {
         let (channels, outputs) = (self.w.channels, self.w.outputs);
-        let (v_step, d_step) = (matrix(self.rows, channels), matrix(self.rows, outputs));
         let product = self.product.as_mut_ptr();
         for point in 0..POINTS {
             for block in tile::blocks(self.w.level, outputs) {
-                for (c, p) in tile::parts(channels, V::TILE_ROWS[block.vectors - 1]) {
-                    let args = Tn {
-                        x: self.v[point * v_step + c..].as_ptr(),
-                        x_step: channels,
-                        x_row: 0,
-                        d: self.d[point * d_step + block.start..].as_ptr(),
-                        d_step: outputs,
-                        d_row: 0,
-                        rows: 1,
-                        cols: self.rows,
-                        // SAFETY: inside the point's product.
-                        out: unsafe { product.add((point * channels + c) * outputs + block.start) },
-                        out_step: outputs,
-                        tail: block.tail,
-                    };
-                    // SAFETY: `rows` rows of `channels` and `outputs` floats lie behind each point.
-                    unsafe { tile::tn::<V>(p, block.vectors, &args) };
+                for (c, p) in tile::parts(self.channels.len(), V::TILE_ROWS[block.vectors - 1]) {
+                    for pair in self.pairs {
+                        let (v_step, d_step) = (matrix(pair.tiles, channels), matrix(pair.tiles, outputs));
+                        let args = Tn {
+                            x: pair.v[point * v_step + self.channels.start + c..].as_ptr(),
+                            x_step: channels,
+                            x_row: 0,
+                            d: pair.d[point * d_step + block.start..].as_ptr(),
+                            d_step: outputs,
+                            d_row: 0,
+                            rows: 1,
+                            cols: pair.tiles,
+                            // SAFETY: inside the point's product.
+                            out: unsafe { product.add((point * self.channels.len() + c) * outputs + block.start) },
+                            out_step: outputs,
+                            tail: block.tail,
+                        };
+                        // SAFETY: rows of `channels` and `outputs` floats lie behind each point for every tile; the caller checked it.
+                        unsafe { tile::tn::<V>(p, block.vectors, &args) };
+                    }
                 }
             }
         }
@@ -616,37 +662,35 @@ impl Kernel for Pack<'_> {
     }
 }
 
-/// `dw += G^T product G` of every kernel.
-struct Untransform<'a> {
+/// `taps += G^T product G` of every kernel.
+struct Untransform<'a, 'b> {
     product: &'a [f32],
-    dw: &'a mut [f32],
-    /// Floats of one point or tap.
-    len: usize,
+    taps: &'a mut [&'b mut [f32]],
 }
 
-impl Kernel for Untransform<'_> {
+impl Kernel for Untransform<'_, '_> {
     type Output = ();
 
     #[inline(always)]
     fn run<V: Vector>(self) {
-        let dw = self.dw.as_mut_ptr();
-        for (at, lanes) in vectors::<V>(self.len) {
+        let len = self.taps[0].len();
+        for (at, lanes) in vectors::<V>(len) {
             let mask = V::first(lanes);
-            // SAFETY: `add_product` checked that every point and tap has `len` floats.
+            // SAFETY: the callers checked that every point and tap has `len` floats.
             unsafe {
-                let (p, step) = (self.product.as_ptr().add(at), 6 * self.len);
+                let (p, step) = (self.product.as_ptr().add(at), 6 * len);
                 let c = [
                     taps(column::<V, 6, false>(p, step, mask)),
-                    taps(column::<V, 6, false>(p.add(self.len), step, mask)),
-                    taps(column::<V, 6, false>(p.add(2 * self.len), step, mask)),
-                    taps(column::<V, 6, false>(p.add(3 * self.len), step, mask)),
-                    taps(column::<V, 6, false>(p.add(4 * self.len), step, mask)),
-                    taps(column::<V, 6, false>(p.add(5 * self.len), step, mask)),
+                    taps(column::<V, 6, false>(p.add(len), step, mask)),
+                    taps(column::<V, 6, false>(p.add(2 * len), step, mask)),
+                    taps(column::<V, 6, false>(p.add(3 * len), step, mask)),
+                    taps(column::<V, 6, false>(p.add(4 * len), step, mask)),
+                    taps(column::<V, 6, false>(p.add(5 * len), step, mask)),
                 ];
                 unroll!(y in 0 1 2 => {
                     let found = taps([c[0][y], c[1][y], c[2][y], c[3][y], c[4][y], c[5][y]]);
                     unroll!(i in 0 1 2 => {
-                        let to = dw.add((y * 3 + i) * self.len + at);
+                        let to = self.taps[y * 3 + i].as_mut_ptr().add(at);
                         V::load_masked(to, mask).add(found[i]).store_masked(to, mask);
                     });
                 });
