@@ -248,6 +248,24 @@ impl Tape {
             let ((a, la), (b, lb)) = (self.value(*a).view(), self.value(*b).view());
             return self.map(len, |i, out| norm::add(level, channels, (nth(a, len, i), la), (nth(b, len, i), lb), *activation, out));
         }
+        if let Kind::Channels { sources, full } = kind {
+            let views: Vec<_> = sources.iter().map(|(node, moves)| (self.value(*node).view(), self.shape(*node), moves)).collect();
+            return self.map(len, |i, out| {
+                if !full {
+                    out.fill(0.0);
+                }
+                for ((x, lens), from, moves) in &views {
+                    let x = nth(x, from.len(), i);
+                    match lens {
+                        None => layout::move_channels(moves, x, from.channels(), out, channels, false),
+                        Some(_) => scratch(from.len(), |seen| {
+                            norm::fill(level, x, *lens, &from.unpadded(), seen);
+                            layout::move_channels(moves, seen, from.channels(), out, channels, false);
+                        }),
+                    }
+                }
+            });
+        }
         let inputs: Vec<_> = step.inputs().into_iter().map(|i| (self.store(i), self.shape(i))).collect();
         let (x, from) = &inputs[0];
         let image = |i: usize| nth(x, from.len(), i);
@@ -261,14 +279,6 @@ impl Tape {
                     out.iter_mut().zip(image(i)).zip(factors).for_each(|((o, x), g)| *o = x * g);
                 })
             }
-            Kind::Channels { sources, full } => self.map(len, |i, out| {
-                if !full {
-                    out.fill(0.0);
-                }
-                for ((_, moves), (x, from)) in sources.iter().zip(&inputs) {
-                    layout::move_channels(moves, nth(x, from.len(), i), from.channels(), out, channels, false);
-                }
-            }),
             Kind::Subsample { stride, .. } => self.map(len, |i, out| {
                 let (pixels, x) = (subsampled(*from, *stride), image(i));
                 pixels.zip(out.chunks_exact_mut(channels)).for_each(|(at, out)| out.copy_from_slice(&x[at..at + channels]));
@@ -280,7 +290,9 @@ impl Tape {
                 out.copy_from_slice(image(i));
                 self.drop_out(step.out, *p, *samples, i, out);
             }),
-            Kind::Conv(_) | Kind::Norm { .. } | Kind::Add { .. } => unreachable!("invariant: done by their own functions"),
+            Kind::Conv(_) | Kind::Norm { .. } | Kind::Add { .. } | Kind::Channels { .. } => {
+                unreachable!("invariant: done by their own functions")
+            }
         }
     }
 

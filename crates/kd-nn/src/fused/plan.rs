@@ -269,15 +269,21 @@ impl Source<'_> {
     fn compile(self, from: NodeId, shapes: &[Shape], piece: &[NodeId], wanted: &[NodeId]) -> Plan {
         let mut readers = vec![0; shapes.len()];
         piece.iter().flat_map(|&id| &self.graph.nodes()[id].inputs).for_each(|&i| readers[i] += 1);
+        let moved = |id: NodeId| {
+            let mut readers = piece.iter().map(|&r| &self.graph.nodes()[r]).filter(|r| r.inputs.contains(&id));
+            readers.all(|r| matches!(r.op, Op::Concat | Op::Slice { .. } | Op::ChannelShuffle { .. } | Op::PadChannels { .. }))
+        };
         let mut compiler = Compiler {
             source: self,
             shapes,
+            passing: (0..shapes.len()).map(|id| id != from && !wanted.contains(&id) && moved(id)).collect(),
             private: (0..shapes.len()).map(|id| id != from && readers[id] == 1 && !wanted.contains(&id)).collect(),
             steps: vec![],
             step_of: vec![usize::MAX; shapes.len()],
         };
         piece.iter().for_each(|&id| compiler.node(id));
-        let Compiler { steps, private, .. } = compiler;
+        let Compiler { mut steps, private, passing, .. } = compiler;
+        steps.retain(|s| !(passing[s.out] && matches!(s.kind, Kind::Channels { .. })));
         let (mut makers, mut first_reader) = (vec![usize::MAX; shapes.len()], vec![usize::MAX; shapes.len()]);
         let mut last_use = vec![0; shapes.len()];
         let mut trainable = vec![false; shapes.len()];
@@ -321,6 +327,8 @@ struct Compiler<'a> {
     shapes: &'a [Shape],
     /// Nodes that one other node of the piece reads and nobody outside.
     private: Vec<bool>,
+    /// Nodes that only movers of channels read.
+    passing: Vec<bool>,
     steps: Vec<Step>,
     /// The step that makes a node's output, by node.
     step_of: Vec<usize>,
@@ -385,18 +393,12 @@ impl Compiler<'_> {
                     to += len;
                     (i, vec![Move { from: 0, to: to - len, len }])
                 });
-                let kind = Kind::Channels { sources: sources.collect(), full: true };
-                self.push(id, kind);
+                let sources = sources.collect();
+                self.channels(id, sources, true);
             }
-            Op::Slice { start, len } => {
-                self.push(id, Kind::Channels { sources: vec![(x, vec![Move { from: *start, to: 0, len: *len }])], full: true });
-            }
-            Op::ChannelShuffle { groups } => {
-                self.push(id, Kind::Channels { sources: vec![(x, layout::shuffle(channels, *groups))], full: true });
-            }
-            Op::PadChannels { before, .. } => {
-                self.push(id, Kind::Channels { sources: vec![(x, vec![Move { from: 0, to: *before, len: channels }])], full: false });
-            }
+            Op::Slice { start, len } => self.channels(id, vec![(x, vec![Move { from: *start, to: 0, len: *len }])], true),
+            Op::ChannelShuffle { groups } => self.channels(id, vec![(x, layout::shuffle(channels, *groups))], true),
+            Op::PadChannels { before, .. } => self.channels(id, vec![(x, vec![Move { from: 0, to: *before, len: channels }])], false),
             Op::Subsample { stride } => self.push(id, Kind::Subsample { x, stride: *stride }),
             Op::MaxPool(pool) => self.push(id, Kind::Max { x, windows: Windows::pool(pool, self.shapes[x].image) }),
             Op::AvgPool(pool) => self.push(id, Kind::Average { x, windows: Windows::pool(pool, self.shapes[x].image) }),
@@ -409,6 +411,22 @@ impl Compiler<'_> {
             Op::DropPath { p } => self.push(id, Kind::Drop { x, p: *p, samples: true }),
             Op::ResizeNearest { .. } => unreachable!("invariant: `supports` refuses it"),
         }
+    }
+
+    /// Channels moved, and moved again before anybody reads them, are moved once.
+    fn channels(&mut self, id: NodeId, sources: Vec<(NodeId, Vec<Move>)>, mut full: bool) {
+        let mut found: Vec<(NodeId, Vec<Move>)> = vec![];
+        for (node, moves) in sources {
+            match self.steps.get(self.step_of[node]).map(|s| &s.kind) {
+                Some(Kind::Channels { sources, full: all }) if self.passing[node] => {
+                    full &= all;
+                    found.extend(sources.iter().map(|(first, before)| (*first, layout::compose(before, &moves))));
+                }
+                _ => found.push((node, moves)),
+            }
+        }
+        found.retain(|(_, moves)| !moves.is_empty());
+        self.push(id, Kind::Channels { sources: found, full });
     }
 
     fn conv(&mut self, id: NodeId, x: NodeId, conv: &Conv2d, [h, w]: [usize; 2]) {

@@ -51,16 +51,28 @@ pub(crate) struct Move {
 
 /// Copies runs of channels of every pixel from `x` to `out`; adds them when `add`.
 pub(crate) fn move_channels(moves: &[Move], x: &[f32], x_channels: usize, out: &mut [f32], out_channels: usize, add: bool) {
+    let single = moves.iter().all(|m| m.len == 1);
     for (x, out) in x.chunks_exact(x_channels).zip(out.chunks_exact_mut(out_channels)) {
-        for m in moves {
-            let (from, to) = (&x[m.from..m.from + m.len], &mut out[m.to..m.to + m.len]);
-            if add {
-                to.iter_mut().zip(from).for_each(|(o, v)| *o += v);
-            } else {
-                to.copy_from_slice(from);
-            }
+        match (single, add) {
+            (true, false) => moves.iter().for_each(|m| out[m.to] = x[m.from]),
+            (true, true) => moves.iter().for_each(|m| out[m.to] += x[m.from]),
+            (false, false) => moves.iter().for_each(|m| out[m.to..m.to + m.len].copy_from_slice(&x[m.from..m.from + m.len])),
+            (false, true) => moves.iter().for_each(|m| {
+                out[m.to..m.to + m.len].iter_mut().zip(&x[m.from..m.from + m.len]).for_each(|(o, v)| *o += v);
+            }),
         }
     }
+}
+
+/// First `before`, then `after`, in one go.
+pub(crate) fn compose(before: &[Move], after: &[Move]) -> Vec<Move> {
+    let pairs = after.iter().flat_map(|b| before.iter().map(move |a| (a, b)));
+    pairs
+        .filter_map(|(a, b)| {
+            let (start, end) = (a.to.max(b.from), (a.to + a.len).min(b.from + b.len));
+            (start < end).then(|| Move { from: a.from + start - a.to, to: b.to + start - b.from, len: end - start })
+        })
+        .collect()
 }
 
 /// The moves of a channel shuffle: channel `g * n + i` goes to `i * groups + g`, `n` channels per group.
