@@ -156,7 +156,7 @@ impl ConvGrad<'_> {
                         if let Some(input) = &mut input {
                             let [a, b, c] = self.ahead(start + n, share.images.end.min(start + 2 * n), weighted);
                             let ahead = [a, b, c, input.finish.map_or(&[], |f| f.ahead(start, start + n))];
-                            input.write(self, &share, start, Group { images: n, x: d, ahead: &ahead }, &lanes, work);
+                            input.write(self, &share, start, Group { images: n, x: d, ahead: Some(&ahead) }, &lanes, work);
                         }
                     }
                     if product_len > 0 {
@@ -196,7 +196,7 @@ impl ConvGrad<'_> {
                 let group = conv.group();
                 scratch(conv.work_len(), |work| {
                     for (start, d) in (first..).step_by(group).zip(d[..all * d_len].chunks(group * d_len)) {
-                        input.write(self, &share, start, Group { images: d.len() / d_len, x: d, ahead: &[] }, &lanes, work);
+                        input.write(self, &share, start, Group { images: d.len() / d_len, x: d, ahead: None }, &lanes, work);
                     }
                 });
             }
@@ -246,7 +246,7 @@ impl ConvGrad<'_> {
                     }
                     if let Some(input) = &mut input {
                         let ahead = self.ahead(start + n, share.images.end.min(start + 2 * n), true);
-                        input.write(self, &share, start, Group { images: n, x: d, ahead: &ahead }, &lanes, work);
+                        input.write(self, &share, start, Group { images: n, x: d, ahead: Some(&ahead) }, &lanes, work);
                     }
                 }
             });

@@ -174,7 +174,11 @@ impl Tape {
                         activation: step.activation,
                     };
                     let ahead = [inputs.ahead(start + n, share.images.end.min(start + 2 * n), in_len)];
-                    let images = Group { images: n, x: inputs.read(level, start, n, in_len, pad), ahead: &ahead };
+                    let images = Group {
+                        images: n,
+                        x: inputs.read(level, start, n, in_len, pad),
+                        ahead: if self.lanes.alone { None } else { Some(&ahead) },
+                    };
                     conv.forward(images, &packed.forward, out, epilogue, work);
                     for (i, image) in (start..).zip(out.chunks_exact(out_len)) {
                         if let Some(sums) = sums.get_mut(self.lanes.of(i) - share.lanes.start) {

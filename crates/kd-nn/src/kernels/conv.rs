@@ -178,8 +178,8 @@ pub(crate) struct Epilogue<'a> {
 pub(crate) struct Group<'a> {
     pub images: usize,
     pub x: &'a [f32],
-    /// What is read after this.
-    pub ahead: Ahead<'a>,
+    /// What is read after this; none where the output and all else are in the cache anyway.
+    pub ahead: Option<Ahead<'a>>,
 }
 
 /// One sweep over a group of images.
@@ -752,10 +752,10 @@ mod tests {
             let mut panels = vec![f32::NAN; plan.forward_len()];
             plan.pack_forward(&weight, &mut panels);
             let mut out = vec![f32::NAN; dy.len()];
-            plan.forward(Group { images, x: &padded, ahead: &[] }, &panels, &mut out, Epilogue::default(), &mut work);
+            plan.forward(Group { images, x: &padded, ahead: None }, &panels, &mut out, Epilogue::default(), &mut work);
             close(&out, &y, allowed)?;
             let full = Epilogue { bias: Some(&bias), residual: Some(&residual), activation: Activation::Relu };
-            plan.forward(Group { images, x: &padded, ahead: &[] }, &panels, &mut out, full, &mut work);
+            plan.forward(Group { images, x: &padded, ahead: None }, &panels, &mut out, full, &mut work);
             let folded: Vec<f64> =
                 y.iter().enumerate().map(|(i, v)| (v + f64::from(bias[i % co]) + f64::from(residual[i])).max(0.0)).collect();
             close(&out, &folded, allowed)?;
@@ -764,9 +764,9 @@ mod tests {
             let mut panels = vec![f32::NAN; plan.backward_len()];
             plan.pack_backward(&weight, &mut panels);
             let mut out = vec![f32::NAN; x.len()];
-            plan.input_grad(Group { images, x: &grads, ahead: &[] }, &panels, &mut out, false, &mut work);
+            plan.input_grad(Group { images, x: &grads, ahead: None }, &panels, &mut out, false, &mut work);
             close(&out, &dx, allowed)?;
-            plan.input_grad(Group { images, x: &grads, ahead: &[] }, &panels, &mut out, true, &mut work);
+            plan.input_grad(Group { images, x: &grads, ahead: None }, &panels, &mut out, true, &mut work);
             close(&out, &dx.iter().map(|v| 2.0 * v).collect::<Vec<_>>(), allowed)?;
 
             // Two lanes, the rows of each in two halves; gathered in two halves of the outputs.

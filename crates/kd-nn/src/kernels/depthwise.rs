@@ -93,13 +93,13 @@ impl Forward<'_> {
             unroll!(i in 0 1 2 3 4 5 6 7 8 9 => {
                 if i < (P - 1) * S + 3 {
                     let v = at.lane.load(x.add(i * self.channels));
-                    if i % S == 0 && i / S < P {
+                    if i.is_multiple_of(S) && i / S < P {
                         sums[i / S] = sums[i / S].fma(w0, v);
                     }
-                    if i >= 1 && (i - 1) % S == 0 && (i - 1) / S < P {
+                    if i >= 1 && (i - 1).is_multiple_of(S) && (i - 1) / S < P {
                         sums[(i - 1) / S] = sums[(i - 1) / S].fma(w1, v);
                     }
-                    if i >= 2 && (i - 2) % S == 0 && (i - 2) / S < P {
+                    if i >= 2 && (i - 2).is_multiple_of(S) && (i - 2) / S < P {
                         sums[(i - 2) / S] = sums[(i - 2) / S].fma(w2, v);
                     }
                 }

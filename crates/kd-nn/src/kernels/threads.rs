@@ -20,7 +20,7 @@ pub(crate) struct Lanes {
     pub images: usize,
     pub count: usize,
     /// Whether one thread does it all: the calling one.
-    alone: bool,
+    pub alone: bool,
 }
 
 /// The part of a batch that one thread works on.

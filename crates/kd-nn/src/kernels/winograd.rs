@@ -131,7 +131,7 @@ impl Winograd {
         out: &mut [f32],
         epilogue: Epilogue,
         add: bool,
-        ahead: Ahead,
+        ahead: Option<Ahead>,
         work: &mut [f32],
     ) {
         let len = images * self.rows * self.cols * self.outputs;
@@ -140,7 +140,7 @@ impl Winograd {
         let (v, m) = work[..self.work_len()].split_at_mut(POINTS * matrix(self.block(), self.channels));
         let blocks = self.blocks(images);
         for (number, tiles) in self.blocks(images).enumerate() {
-            let share = Share { number, of: blocks.len(), ahead, next: &out[..len] };
+            let share = ahead.map(|ahead| Share { number, of: blocks.len(), ahead, next: &out[..len] });
             self.spread_inputs(tiles.clone(), x, 0, tiles.len(), v);
             self.level.run(Products { w: self, rows: tiles.len(), v, panels, m: &mut *m, share });
             self.level.run(Gather { w: self, tiles, m, out, epilogue, add });
@@ -418,7 +418,7 @@ struct Products<'a> {
     v: &'a [f32],
     panels: &'a [f32],
     m: &'a mut [f32],
-    share: Share<'a>,
+    share: Option<Share<'a>>,
 }
 
 impl Kernel for Products<'_> {
@@ -430,7 +430,9 @@ impl Kernel for Products<'_> {
         let (v_step, m_step) = (matrix(self.rows, channels), matrix(self.rows, outputs));
         let (mut panel, m) = (self.panels, self.m.as_mut_ptr());
         for point in 0..POINTS {
-            self.share.prefetch::<V>(point);
+            if let Some(share) = self.share {
+                share.prefetch::<V>(point);
+            }
             for block in tile::blocks(self.w.level, outputs) {
                 let (own, rest) = panel.split_at(channels * block.vectors * V::LANES);
                 panel = rest;
