@@ -5,8 +5,9 @@ use super::forward::{Inputs, Tape, clear, nth};
 use super::value::Grad;
 use crate::kernels::Level;
 use crate::kernels::buffer::Buffer;
-use crate::kernels::conv::{Conv, Group, Padded};
+use crate::kernels::conv::{Conv, Group};
 use crate::kernels::norm;
+use crate::kernels::sweep::Padded;
 use crate::kernels::threads::{Lanes, Share, cut, each, ranges, scratch};
 use crate::kernels::winograd::{Points, Winograd};
 

@@ -195,3 +195,46 @@ fn in_groups(state: &State, batch: &Batch, x: &[f32], images: usize, group: usiz
     results.into_iter().collect::<Result<()>>()?;
     Ok(outputs)
 }
+
+#[cfg(test)]
+mod tests {
+    use kd_core::{Cut, Model, Rng};
+
+    use super::*;
+    use crate::{Conv, GraphBuilder, Network, Pool as Pooling};
+
+    /// A step after the first ones takes all its memory from what these have given back.
+    #[test]
+    fn steps_allocate_no_activations_after_the_first() {
+        let mut b = GraphBuilder::new("small", &[3, 12, 12]);
+        b.conv("stem", Conv::new(16, 3).pad(1));
+        b.batch_norm("bn");
+        let skip = b.relu();
+        b.conv("a", Conv::new(16, 3).pad(1));
+        b.batch_norm("bn2");
+        b.add(skip);
+        b.relu();
+        b.max_pool(Pooling::new(2));
+        b.conv("wide", Conv::new(500, 3).pad(1));
+        b.global_avg_pool();
+        b.linear("fc", 5);
+        b.cut(Cut::Logits);
+        let network = Network::new(b.finish().unwrap(), DType::F32, &Device::Cpu).unwrap();
+        network.init(Rng::new(1)).unwrap();
+        let x = Tensor::ones((20, 3, 12, 12), DType::F32, &Device::Cpu).unwrap();
+        let mut held = vec![];
+        for step in 0..4 {
+            for mode in [Mode::Train(Rng::new(step)), Mode::Eval] {
+                let y = network.run(&x, Cut::Input, &[Cut::Logits], mode).unwrap().logits().unwrap().clone();
+                if y.track_op() {
+                    crate::backward(&y.sqr().unwrap().sum_all().unwrap(), &[&network]).unwrap();
+                }
+            }
+            network.parameters().values().write::<f32, _>(|v| v[0] += 0.1).unwrap();
+            let state = network.fused_state();
+            let own: usize = state.own.lock().unwrap().iter().map(Pool::free).sum();
+            held.push((state.pool.free(), own));
+        }
+        assert!(held[0].0 > 0 && held[1..].windows(2).all(|w| w[0] == w[1]), "{held:?}");
+    }
+}

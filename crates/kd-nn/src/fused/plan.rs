@@ -10,10 +10,11 @@ use kd_core::Result;
 
 use crate::graph::{BatchNorm, Conv2d, Graph, NodeId, Op};
 use crate::kernels::Level;
-use crate::kernels::conv::{Conv, Padded};
+use crate::kernels::conv::Conv;
 use crate::kernels::elementwise::Function;
 use crate::kernels::layout::{self, Move};
 use crate::kernels::pool::Windows;
+use crate::kernels::sweep::Padded;
 use crate::kernels::tile::Activation;
 
 /// A compiled piece, for one input size.

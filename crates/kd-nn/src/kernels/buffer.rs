@@ -59,6 +59,12 @@ impl Pool {
         Buffer { memory, len, pool: self.clone() }
     }
 
+    /// Floats that nobody has on loan.
+    #[cfg(test)]
+    pub(crate) fn free(&self) -> usize {
+        self.0.lock().unwrap_or_else(|e| e.into_inner()).iter().map(Aligned::len).sum()
+    }
+
     /// `len` zeros.
     pub(crate) fn zeros(&self, len: usize) -> Buffer {
         let mut buffer = self.take(len);

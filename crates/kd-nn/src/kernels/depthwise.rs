@@ -5,8 +5,9 @@
 
 use std::ops::Range;
 
-use super::conv::{Padded, Pass, Sweep};
+use super::conv::Pass;
 use super::norm::activate;
+use super::sweep::{Padded, Sweep};
 use super::tile;
 use super::vector::{Kernel, Lane, Vector};
 

@@ -4,7 +4,8 @@
 //! |---|---|
 //! | `vector` | the vector trait and the [`Level`]s: AVX-512, AVX2 with FMA, portable; chosen at run time, `KD_CPU` forces one |
 //! | `tile` | the two register kernels, and the packing of weights for them |
-//! | `conv`, `depthwise` | convolution and its gradients as sweeps of these kernels over padded images |
+//! | `sweep` | images with zeros around them, and walks over their pixels |
+//! | `conv`, `depthwise` | convolution and its gradients as sweeps of these kernels |
 //! | `winograd` | 3x3 convolutions of stride 1 with a quarter of the multiplications |
 //! | `norm` | batch norm, and what is done while an image is copied or added |
 //! | `pool`, `elementwise`, `layout` | pooling, functions of one element, moving channels |
@@ -46,6 +47,7 @@ pub(crate) mod elementwise;
 pub(crate) mod layout;
 pub(crate) mod norm;
 pub(crate) mod pool;
+pub(crate) mod sweep;
 pub(crate) mod threads;
 pub(crate) mod tile;
 mod vector;

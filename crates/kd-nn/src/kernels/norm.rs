@@ -11,7 +11,7 @@
 
 #![allow(unsafe_code)]
 
-use super::conv::Padded;
+use super::sweep::Padded;
 use super::tile::Activation;
 use super::vector::{Kernel, Lane, Level, Vector};
 

@@ -16,7 +16,8 @@
 
 use std::ops::Range;
 
-use super::conv::{Epilogue, Padded};
+use super::conv::Epilogue;
+use super::sweep::Padded;
 use super::tile::{self, Activation, Nn, Tn};
 use super::vector::{Kernel, Level, Vector};
 use crate::graph::Conv2d;
