@@ -2,8 +2,11 @@
 #![allow(clippy::print_stdout)] // the fixtures' counts
 
 mod main {
+    mod anchors;
     mod errors;
+    mod fixtures;
     mod golden;
+    mod golden_anchors;
     mod methods;
     mod properties;
 }

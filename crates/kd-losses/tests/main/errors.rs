@@ -4,8 +4,10 @@ use std::collections::BTreeMap;
 
 use candle_core::{DType, Device, Tensor};
 use kd_core::registry::evaluate;
-use kd_losses::{find, registry};
+use kd_losses::find;
 use serde_json::{Value, json};
+
+use crate::main::fixtures::seeds;
 
 const B: usize = 4;
 const K: usize = 5;
@@ -69,7 +71,7 @@ fn param(name: &'static str, value: Value) -> impl Fn(&mut BTreeMap<String, Tens
 
 #[test]
 fn the_unchanged_inputs_are_accepted() {
-    for entry in registry() {
+    for entry in seeds() {
         let (tensors, params) = good(entry.name);
         let found = evaluate(entry, &tensors, &params, DType::F64).unwrap_or_else(|e| panic!("{}: {e}", entry.name));
         assert!(found.contains_key("value"), "{}", entry.name);
@@ -92,7 +94,7 @@ fn uses(method: &str, input: &str) -> bool {
 
 #[test]
 fn tensors_that_cannot_be_right_are_refused_by_every_method_that_uses_them() {
-    for method in registry().iter().map(|e| e.name) {
+    for method in seeds().map(|e| e.name) {
         for (input, columns) in [("student.logits", K), ("student.embedding", D), ("teacher.logits", K), ("teacher.embedding", D)] {
             if !uses(method, input) {
                 continue;
@@ -214,7 +216,7 @@ fn parameters_out_of_range_are_named() {
         refused(method, param("dropout", json!(1.0)), &["dropout", "less than 1"]);
         refused(method, param("adapter", json!("conv")), &["conv", "bn_dropout_linear"]);
     }
-    for entry in registry() {
+    for entry in seeds() {
         refused(entry.name, param("temprature", json!(1.0)), &["unknown field", "temprature"]);
         assert!((entry.build)(&json!({"temprature": 1.0})).is_err_and(|e| e.to_string().contains("unknown field `temprature`")));
     }

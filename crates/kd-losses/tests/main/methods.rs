@@ -6,9 +6,11 @@ use std::sync::Arc;
 use candle_core::{DType, Device, Tensor};
 use kd_core::registry::evaluate;
 use kd_core::{Batch, Cut, Method, MethodEntry, Mode, Model, Models, Outputs, Progress, Result, Rng, Setup, StepView};
-use kd_losses::{find, registry};
+use kd_losses::find;
 use kd_nn::{Conv, GraphBuilder, Network};
 use serde_json::{Value, json};
+
+use crate::main::fixtures::seeds;
 
 const B: usize = 4;
 const K: usize = 5;
@@ -177,7 +179,7 @@ fn step_equals_parity(bench: &Bench, entry: &MethodEntry, params: &Value, adapte
 #[test]
 fn every_method_computes_its_parity_function() {
     let bench = Bench::new(6, 6);
-    for entry in registry() {
+    for entry in seeds() {
         step_equals_parity(&bench, entry, &json!({}), false);
     }
     step_equals_parity(&bench, find("fnkd").unwrap(), &json!({"form": "released"}), false);
@@ -188,10 +190,10 @@ fn every_method_computes_its_parity_function() {
 #[test]
 fn soft_targets_of_the_batch_are_used() {
     let mut bench = Bench::new(6, 6);
-    let hard: Vec<f64> = registry().iter().map(|e| value(&bench, e)).collect();
+    let hard: Vec<f64> = seeds().map(|e| value(&bench, e)).collect();
     let rows = [[0.7, 0.3, 0.0, 0.0, 0.0], [0.0, 0.4, 0.0, 0.6, 0.0], [0.0, 0.0, 0.0, 0.2, 0.8], [0.0, 0.0, 0.25, 0.75, 0.0]];
     bench.batch.targets = Some(Tensor::new(&rows, &Device::Cpu).unwrap());
-    for (entry, hard) in registry().iter().zip(hard) {
+    for (entry, hard) in seeds().zip(hard) {
         if entry.name == "anisotropic_label_smoothing" {
             let mut method = bench.prepare(entry, &json!({}), B).unwrap();
             assert!(bench.loss(method.as_mut(), 0, Rng::new(5)).unwrap_err().to_string().contains("mixup"));
@@ -249,7 +251,7 @@ fn teacher_free_methods_need_no_teacher() {
     let free = ["ce", "label_smoothing", "anisotropic_label_smoothing", "tf_nkd", "uskd", "he", "nd_cosine", "nd_infonce", "sifn"];
     let mut bench = Bench::new(6, 6);
     bench.teachers.clear();
-    for entry in registry() {
+    for entry in seeds() {
         let needs_none = (entry.build)(&json!({})).unwrap().needs().teacher.is_empty();
         assert_eq!(needs_none, free.contains(&entry.name), "{}", entry.name);
         let ran = bench.prepare(entry, &json!({}), B).and_then(|mut m| bench.loss(m.as_mut(), 0, Rng::new(1)));

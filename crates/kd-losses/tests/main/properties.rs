@@ -2,11 +2,11 @@
 
 use candle_core::{DType, Device, Tensor, Var};
 use kd_core::{LossTerms, Rng};
-use kd_losses::{
-    ClassMeans, ce, dkd, fnkd, he, kd, label_smoothing, nd, nd_cosine, nd_infonce, nkd, norm_match, registry, sifn, tf_nkd, uskd,
-};
+use kd_losses::{ClassMeans, ce, dkd, fnkd, he, kd, label_smoothing, nd, nd_cosine, nd_infonce, nkd, norm_match, sifn, tf_nkd, uskd};
 use proptest::prelude::*;
 use proptest::test_runner::RngSeed;
+
+use crate::main::fixtures::seeds;
 
 /// The same cases in every run.
 const SEED: u64 = 1;
@@ -245,8 +245,8 @@ fn the_registry_tells_the_truth_about_parameters() {
         ("kd_pp", to_value(kd_losses::kd_pp::Params::default()).unwrap()),
         ("dkd_pp", to_value(kd_losses::dkd_pp::Params::default()).unwrap()),
     ];
-    assert_eq!(defaults.iter().map(|(n, _)| *n).collect::<Vec<_>>(), registry().iter().map(|e| e.name).collect::<Vec<_>>());
-    for (entry, (_, expected)) in registry().iter().zip(defaults) {
+    assert_eq!(defaults.iter().map(|(n, _)| *n).collect::<Vec<_>>(), seeds().map(|e| e.name).collect::<Vec<_>>());
+    for (entry, (_, expected)) in seeds().zip(defaults) {
         let documented: Map<String, Value> =
             entry.parameters.iter().map(|p| (p.name.to_string(), serde_json::from_str(p.default).unwrap())).collect();
         assert_eq!(Value::Object(documented.clone()), expected, "{}", entry.name);

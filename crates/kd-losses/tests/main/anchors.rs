@@ -1,0 +1,27 @@
+//! What holds of every method of the common benchmark and after.
+
+use serde_json::{Map, Value};
+
+use crate::main::fixtures::SEEDS;
+
+/// Each method's `Params::default()`, in the order of the registry: one line a method.
+fn defaults() -> Vec<(&'static str, Value)> {
+    vec![]
+}
+
+#[test]
+fn the_registry_tells_the_truth_about_parameters() {
+    let entries: Vec<_> = kd_losses::registry().iter().filter(|e| !SEEDS.contains(&e.name)).collect();
+    assert_eq!(defaults().iter().map(|(n, _)| *n).collect::<Vec<_>>(), entries.iter().map(|e| e.name).collect::<Vec<_>>());
+    for (entry, (_, expected)) in entries.iter().zip(defaults()) {
+        let documented: Map<String, Value> =
+            entry.parameters.iter().map(|p| (p.name.to_string(), serde_json::from_str(p.default).unwrap())).collect();
+        assert_eq!(Value::Object(documented.clone()), expected, "{}", entry.name);
+        assert_eq!((entry.build)(&Value::Object(documented)).unwrap().name(), entry.name);
+        assert_eq!((entry.build)(&Value::Object(Map::new())).unwrap().name(), entry.name);
+        assert!(
+            (entry.build)(&serde_json::json!({"temprature": 1.0})).is_err_and(|e| e.to_string().contains("unknown field `temprature`"))
+        );
+        assert!(!entry.about.is_empty() && !entry.source.is_empty() && entry.year > 2014);
+    }
+}
