@@ -120,11 +120,6 @@ impl Network {
         Ok(if self.use_fused(&piece)? { "fused" } else { "reference" })
     }
 
-    #[cfg(test)]
-    pub(crate) fn fused_state(&self) -> &fused::State {
-        &self.fused
-    }
-
     fn nodes(&self, cuts: &[Cut]) -> Result<Vec<NodeId>> {
         cuts.iter().map(|&c| self.graph.cut(c)).collect()
     }

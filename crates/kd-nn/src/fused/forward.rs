@@ -393,6 +393,8 @@ pub(super) fn pack(plan: &Plan, params: &Params, cache: &Mutex<Packs>, pool: &Po
         })
         .collect();
     if tasks.iter().flatten().any(|t| t.old.is_none()) {
+        // Outdated weights give their memory to those that replace them.
+        *cache = Packs::default();
         *cache = Arc::new(params.values().read::<f32, _>(|values| {
             params.stats().read::<f32, Vec<_>>(|stats| {
                 let task = |t: &Task| t.old.clone().unwrap_or_else(|| Arc::new(t.pack(params, values, stats, pool)));

@@ -203,9 +203,11 @@ mod tests {
     use super::*;
     use crate::{Conv, GraphBuilder, Network, Pool as Pooling};
 
-    /// A step after the first ones takes all its memory from what these have given back.
+    use crate::kernels::buffer::ALLOCATED;
+
+    /// A step after the first one takes all its memory (activations, gradients, packed weights, scratch) from what this has given back.
     #[test]
-    fn steps_allocate_no_activations_after_the_first() {
+    fn steps_allocate_nothing_after_the_first() {
         let mut b = GraphBuilder::new("small", &[3, 12, 12]);
         b.conv("stem", Conv::new(16, 3).pad(1));
         b.batch_norm("bn");
@@ -216,14 +218,15 @@ mod tests {
         b.relu();
         b.max_pool(Pooling::new(2));
         b.conv("wide", Conv::new(500, 3).pad(1));
+        b.conv("narrow", Conv::new(30, 1));
+        b.batch_norm("bn3");
         b.global_avg_pool();
         b.linear("fc", 5);
         b.cut(Cut::Logits);
         let network = Network::new(b.finish().unwrap(), DType::F32, &Device::Cpu).unwrap();
         network.init(Rng::new(1)).unwrap();
         let x = Tensor::ones((20, 3, 12, 12), DType::F32, &Device::Cpu).unwrap();
-        let mut held = vec![];
-        for step in 0..4 {
+        let step = |step: u64| {
             for mode in [Mode::Train(Rng::new(step)), Mode::Eval] {
                 let y = network.run(&x, Cut::Input, &[Cut::Logits], mode).unwrap().logits().unwrap().clone();
                 if y.track_op() {
@@ -231,10 +234,18 @@ mod tests {
                 }
             }
             network.parameters().values().write::<f32, _>(|v| v[0] += 0.1).unwrap();
-            let state = network.fused_state();
-            let own: usize = state.own.lock().unwrap().iter().map(Pool::free).sum();
-            held.push((state.pool.free(), own));
+        };
+        for threads in 1..4 {
+            let pool = rayon::ThreadPoolBuilder::new().num_threads(threads).build().unwrap();
+            // Every allocation is made by a thread of the pool.
+            let allocated = || pool.broadcast(|_| ALLOCATED.get()).into_iter().sum::<usize>();
+            let after: Vec<usize> = (0..5)
+                .map(|n| {
+                    pool.install(|| step(n));
+                    allocated()
+                })
+                .collect();
+            assert!(after[0] > 0 && after.iter().all(|&n| n == after[0]), "{threads} threads: {after:?}");
         }
-        assert!(held[0].0 > 0 && held[1..].windows(2).all(|w| w[0] == w[1]), "{held:?}");
     }
 }

@@ -18,12 +18,20 @@ pub(crate) struct Aligned {
     skipped: usize,
 }
 
+#[cfg(test)]
+thread_local! {
+    /// How often this thread has asked the system for memory.
+    pub(crate) static ALLOCATED: std::cell::Cell<usize> = const { std::cell::Cell::new(0) };
+}
+
 /// Lines of a page.
 const PAGE: usize = 64;
 
 impl Aligned {
     /// At least `len` zeros.
     pub(crate) fn new(len: usize) -> Self {
+        #[cfg(test)]
+        ALLOCATED.set(ALLOCATED.get() + 1);
         static NEXT: AtomicUsize = AtomicUsize::new(0);
         let skipped = NEXT.fetch_add(11, Ordering::Relaxed) % PAGE;
         Self { lines: vec![Line([0.0; 16]); len.div_ceil(16) + skipped], skipped }
@@ -46,23 +54,25 @@ impl Aligned {
 }
 
 /// Free memory of one network. Clones share it.
+///
+/// Memory comes in sizes of its own, eight to a doubling, and is used again for its own size only. So what a step needs of each size does
+/// not depend on what earlier steps have left: once a step has been made, the same step finds everything here.
 #[derive(Clone, Default)]
 pub(crate) struct Pool(Arc<Mutex<Vec<Aligned>>>);
+
+/// The size of memory that serves `len` floats: at most an eighth more.
+fn size(len: usize) -> usize {
+    len.next_multiple_of((len.next_power_of_two() / 16).max(16))
+}
 
 impl Pool {
     /// `len` floats of whatever content.
     pub(crate) fn take(&self, len: usize) -> Buffer {
+        let size = size(len);
         let mut free = self.0.lock().unwrap_or_else(|e| e.into_inner());
-        let fits = |a: &Aligned| a.len() >= len && a.len() <= 2 * len + 64;
-        let best = (0..free.len()).filter(|&i| fits(&free[i])).min_by_key(|&i| free[i].len());
-        let memory = best.map_or_else(|| Aligned::new(len), |i| free.swap_remove(i));
-        Buffer { memory, len, pool: self.clone() }
-    }
-
-    /// Floats that nobody has on loan.
-    #[cfg(test)]
-    pub(crate) fn free(&self) -> usize {
-        self.0.lock().unwrap_or_else(|e| e.into_inner()).iter().map(Aligned::len).sum()
+        let found = free.iter().rposition(|a| a.len() == size).map(|i| free.swap_remove(i));
+        drop(free);
+        Buffer { memory: found.unwrap_or_else(|| Aligned::new(size)), len, pool: self.clone() }
     }
 
     /// `len` zeros.
@@ -112,10 +122,20 @@ mod tests {
         assert!((first.as_ptr() as usize).is_multiple_of(64));
         let at = first.as_ptr();
         drop(first);
-        let again = pool.zeros(900);
-        assert_eq!((again.as_ptr(), again.len()), (at, 900));
+        let again = pool.zeros(990);
+        assert_eq!((again.as_ptr(), again.len()), (at, 990));
         assert!(again.iter().all(|&v| v == 0.0));
-        assert_ne!(pool.take(900).as_ptr(), at);
+        assert_ne!(pool.take(1000).as_ptr(), at);
+        drop(again);
         assert_ne!(pool.take(10).as_ptr(), at);
+        assert_eq!(pool.take(1000).as_ptr(), at);
+    }
+
+    #[test]
+    fn sizes_are_few_and_hardly_larger() {
+        assert_eq!([0, 1, 16, 17, 1 << 20, (1 << 20) + 1].map(size), [0, 16, 16, 32, 1 << 20, 9 << 17]);
+        assert!((64..100_000).all(|n| (n..n + n / 8 + 16).contains(&size(n)) && size(size(n)) == size(n)));
+        let sizes: std::collections::BTreeSet<usize> = (1 << 16..1 << 17).map(size).collect();
+        assert_eq!(sizes.len(), 9);
     }
 }
