@@ -45,6 +45,10 @@ pub fn registry() -> &'static [kd_core::MethodEntry] {
     METHODS
 }
 
+/// Cost class and checks of every method here.
+pub const NOTES: &[kd_core::MethodNotes] =
+    &[kd_core::MethodNotes { name: "block_kd", cost: kd_core::Cost::MorePasses, checks: &[kd_core::Check::Fixtures] }];
+
 /// The example of the README is a test.
 #[cfg(doctest)]
 #[doc = include_str!("../README.md")]

@@ -28,7 +28,7 @@ pub use error::{Error, Result};
 pub use method::{LossTerms, Method, Models, Needs, Phase, Progress, Setup, StateDict, StepView, Tag, Term};
 pub use model::{Classifier, FeatureSpec, Mode, Model, ModelSpec, Outputs, Trainable};
 pub use params::{Flat, ParamEntry, Params, ParamsBuilder};
-pub use registry::{MethodEntry, ParamDoc, ParityInputs, ParityOutput};
+pub use registry::{Check, Cost, MethodEntry, MethodNotes, ParamDoc, ParityInputs, ParityOutput};
 pub use rng::Rng;
 pub use schedule::{Schedule, ScheduleKind, ScheduleUnit};
 

@@ -44,6 +44,84 @@ pub struct MethodEntry {
     pub raw_terms: bool,
 }
 
+/// What a method costs beside the two networks' own passes.
+#[derive(Clone, Copy, Debug, PartialEq, Eq, Serialize)]
+#[serde(rename_all = "snake_case")]
+pub enum Cost {
+    /// A few operations on `[B,K]` or `[B,D]`.
+    Negligible,
+    /// Products of a batch with itself or of classes with classes, `O(B^2 D)` or `O(B K^2)`.
+    Pairs,
+    /// `O(B^3 D)`: angles over triples of samples.
+    Triples,
+    /// Small layers behind the student.
+    SmallAdapters,
+    /// Layers at the teacher's width on full maps.
+    WideAdapters,
+    /// Products of channels with channels, or singular vectors, of every map.
+    ChannelGrams,
+    /// Scores against a memory of the whole training set, which it holds.
+    MemoryBank,
+    /// Further views of every sample through both networks.
+    MoreViews,
+    /// Parts of the networks run again.
+    MorePasses,
+}
+
+impl Cost {
+    /// In words.
+    pub fn about(self) -> &'static str {
+        match self {
+            Self::Negligible => "negligible",
+            Self::Pairs => "pairs of samples or classes",
+            Self::Triples => "triples of samples",
+            Self::SmallAdapters => "small adapters",
+            Self::WideAdapters => "adapters at the teacher's width",
+            Self::ChannelGrams => "channel products or SVD",
+            Self::MemoryBank => "memory bank",
+            Self::MoreViews => "two views through both networks",
+            Self::MorePasses => "parts of the networks again",
+        }
+    }
+}
+
+/// How a method's mathematics was checked.
+#[derive(Clone, Copy, Debug, PartialEq, Eq, Serialize)]
+#[serde(rename_all = "snake_case")]
+pub enum Check {
+    /// Value, terms, gradients and state against PyTorch in double precision.
+    Fixtures,
+    /// The PyTorch implementation behind the fixtures agrees with the authors' or the benchmark's released code.
+    Released,
+    /// Written after reading the released code, which was not run.
+    Read,
+    /// Value and gradients against an independent double-precision implementation in this repository.
+    Independent,
+}
+
+impl Check {
+    /// In words.
+    pub fn about(self) -> &'static str {
+        match self {
+            Self::Fixtures => "PyTorch fixtures",
+            Self::Released => "released code run",
+            Self::Read => "released code read",
+            Self::Independent => "independent f64 test",
+        }
+    }
+}
+
+/// What stands beside a [`MethodEntry`] in the documentation.
+#[derive(Clone, Copy, Debug, Serialize)]
+pub struct MethodNotes {
+    /// The method's name.
+    pub name: &'static str,
+    /// Its cost class.
+    pub cost: Cost,
+    /// How it was checked.
+    pub checks: &'static [Check],
+}
+
 /// Named tensors and parameters of a parity call. Every float tensor that is differentiated is a `Var` inside.
 pub struct ParityInputs {
     /// By fixture name.

@@ -29,6 +29,7 @@ mod class_means;
 mod inputs;
 mod labels;
 mod norms;
+mod notes;
 mod registry;
 mod softmax;
 
@@ -66,6 +67,7 @@ pub use nd_cosine::nd_cosine;
 pub use nd_infonce::nd_infonce;
 pub use nkd::nkd;
 pub use norm_match::norm_match;
+pub use notes::NOTES;
 pub use registry::{find, registry};
 pub use sifn::sifn;
 pub use tf_nkd::tf_nkd;

@@ -234,6 +234,11 @@ impl GraphBuilder {
 
     /// A batch norm with or without scale and shift.
     pub fn batch_norm_with(&mut self, name: &str, affine: bool, eps: f64) -> NodeId {
+        self.batch_norm_as(name, affine, eps, 0.1)
+    }
+
+    /// A batch norm, everything given. `momentum` is the batch's share of the running statistics.
+    pub fn batch_norm_as(&mut self, name: &str, affine: bool, eps: f64, momentum: f64) -> NodeId {
         let c = self.channels();
         let affine = affine.then(|| {
             let weight = self.param(format!("{name}.weight"), &[c], Init::Const(1.0));
@@ -242,7 +247,7 @@ impl GraphBuilder {
         let mean = self.params.stat(format!("{name}.running_mean"), &[c]);
         let var = self.params.stat(format!("{name}.running_var"), &[c]);
         let counter = self.params.counter(format!("{name}.num_batches_tracked"));
-        let op = Op::BatchNorm(BatchNorm { channels: c, eps, momentum: 0.1, affine, running: (mean, var), counter });
+        let op = Op::BatchNorm(BatchNorm { channels: c, eps, momentum, affine, running: (mean, var), counter });
         self.push(op, vec![self.here], name)
     }
 
