@@ -25,6 +25,10 @@ pub fn registry() -> &'static [MethodEntry] {
         crate::sifn::ENTRY,
         crate::kd_pp::ENTRY,
         crate::dkd_pp::ENTRY,
+        crate::fitnet::ENTRY,
+        crate::at::ENTRY,
+        crate::nst::ENTRY,
+        crate::sp::ENTRY,
     ];
     METHODS
 }

@@ -2,7 +2,7 @@
 
 use kd_core::{Cut, Error, ModelSpec, ParamsBuilder, Result};
 
-use crate::graph::{BatchNorm, Conv2d, Graph, Node, NodeId, Op, Pool};
+use crate::graph::{BatchNorm, Conv2d, ConvTranspose2d, Graph, Node, NodeId, Op, Pool};
 use crate::init::Init;
 
 /// A convolution still to be placed: output channels and kernel size, everything else by default
@@ -227,6 +227,23 @@ impl GraphBuilder {
         self.push(op, vec![self.here], name)
     }
 
+    /// A transposed convolution with bias, both initialised as PyTorch does, to `out` channels with a square kernel.
+    pub fn conv_transpose(&mut self, name: &str, out: usize, kernel: usize, stride: usize, padding: usize) -> NodeId {
+        let cin = self.channels();
+        if stride == 0 || padding >= kernel {
+            self.fail(Error::refused(format!(
+                "{}, layer `{name}`: kernel {kernel}, stride {stride}, padding {padding}: stride must be at least 1, padding less than the kernel",
+                self.name
+            )));
+            return self.here;
+        }
+        let weight = self.param(format!("{name}.weight"), &[cin, out, kernel, kernel], Init::Default);
+        // PyTorch takes the weight's second axis for the inputs, here the outputs.
+        let bias = self.param(format!("{name}.bias"), &[out], Init::default_bias(out * kernel * kernel));
+        let op = ConvTranspose2d { in_channels: cin, out_channels: out, kernel, stride, padding, weight, bias };
+        self.push(Op::ConvTranspose2d(op), vec![self.here], name)
+    }
+
     /// A batch norm as PyTorch's default: scale and shift, eps 1e-5, momentum 0.1.
     pub fn batch_norm(&mut self, name: &str) -> NodeId {
         self.batch_norm_with(name, true, 1e-5)
@@ -267,7 +284,10 @@ impl GraphBuilder {
 
     /// Any layer without parameters, behind the cursor.
     pub fn layer(&mut self, op: Op) -> NodeId {
-        if matches!(op, Op::Input | Op::Conv2d(_) | Op::BatchNorm(_) | Op::Linear { .. } | Op::Add | Op::Mul | Op::Concat) {
+        if matches!(
+            op,
+            Op::Input | Op::Conv2d(_) | Op::ConvTranspose2d(_) | Op::BatchNorm(_) | Op::Linear { .. } | Op::Add | Op::Mul | Op::Concat
+        ) {
             self.fail(Error::refused(format!("{}: `{}` has a method of its own", self.name, op.kind())));
             return self.here;
         }

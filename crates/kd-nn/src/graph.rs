@@ -41,6 +41,32 @@ impl Conv2d {
     }
 }
 
+/// A transposed convolution with a square kernel, weight `[in, out, k, k]`.
+#[derive(Clone, Debug, PartialEq, Eq)]
+pub struct ConvTranspose2d {
+    /// Input channels.
+    pub in_channels: usize,
+    /// Output channels.
+    pub out_channels: usize,
+    /// Height and width of the kernel.
+    pub kernel: usize,
+    /// Distance that neighbouring inputs get.
+    pub stride: usize,
+    /// Rows and columns cut off on every side; less than the kernel.
+    pub padding: usize,
+    /// Parameter index of the weight.
+    pub weight: usize,
+    /// Parameter index of the bias.
+    pub bias: usize,
+}
+
+impl ConvTranspose2d {
+    /// Output length for an input of length `n`; `None` when nothing is left.
+    pub fn output(&self, n: usize) -> Option<usize> {
+        ((n.checked_sub(1)? * self.stride) + self.kernel).checked_sub(2 * self.padding).filter(|&n| n > 0)
+    }
+}
+
 /// A batch norm over axis 1 of `[B,C,..]`.
 #[derive(Clone, Debug, PartialEq)]
 pub struct BatchNorm {
@@ -111,12 +137,19 @@ pub enum Op {
     Input,
     /// A convolution.
     Conv2d(Conv2d),
+    /// A transposed convolution.
+    ConvTranspose2d(ConvTranspose2d),
     /// A batch norm.
     BatchNorm(BatchNorm),
     /// `max(x, 0)`, gradient 0 at 0.
     Relu,
     /// `min(max(x, 0), 6)`.
     Relu6,
+    /// `x` where it is above 0, `slope x` elsewhere.
+    LeakyRelu {
+        /// The slope.
+        slope: f64,
+    },
     /// `x Phi(x)` with the exact error function.
     Gelu,
     /// `x sigmoid(x)`.
@@ -202,9 +235,11 @@ impl Op {
         match self {
             Self::Input => "input",
             Self::Conv2d(_) => "conv2d",
+            Self::ConvTranspose2d(_) => "conv_transpose2d",
             Self::BatchNorm(_) => "batch_norm",
             Self::Relu => "relu",
             Self::Relu6 => "relu6",
+            Self::LeakyRelu { .. } => "leaky_relu",
             Self::Gelu => "gelu",
             Self::Silu => "silu",
             Self::Hardswish => "hardswish",
@@ -248,6 +283,13 @@ impl Op {
                 }
                 let [oh, ow] = conv.output(h, w).ok_or_else(|| Error::shape("conv2d", "at least the kernel's size", x))?;
                 vec![conv.out_channels, oh, ow]
+            }
+            Self::ConvTranspose2d(conv) => {
+                let [c, h, w] = image()?;
+                if c != conv.in_channels {
+                    return Err(Error::shape("conv_transpose2d", format!("{} channels", conv.in_channels), x));
+                }
+                vec![conv.out_channels, fits(conv.output(h))?, fits(conv.output(w))?]
             }
             Self::BatchNorm(bn) => {
                 if x.first() != Some(&bn.channels) {
@@ -312,6 +354,7 @@ impl Op {
             Self::Input
             | Self::Relu
             | Self::Relu6
+            | Self::LeakyRelu { .. }
             | Self::Gelu
             | Self::Silu
             | Self::Hardswish
@@ -449,13 +492,26 @@ impl Graph {
     pub fn macs(&self, input: &[usize]) -> Result<u64> {
         let all: Vec<NodeId> = (1..self.nodes.len()).collect();
         let shapes = self.shapes(0, input, &all)?;
-        Ok(self.nodes.iter().enumerate().map(|(id, node)| self.node_macs(node, &shapes[id])).sum())
+        Ok(self
+            .nodes
+            .iter()
+            .enumerate()
+            .map(|(id, node)| {
+                let from = node.inputs.first().map_or(&[][..], |&i| &shapes[i]);
+                self.node_macs(node, from, &shapes[id])
+            })
+            .sum())
     }
 
-    fn node_macs(&self, node: &Node, out: &[usize]) -> u64 {
+    fn node_macs(&self, node: &Node, from: &[usize], out: &[usize]) -> u64 {
         let elements: u64 = out.iter().map(|&n| n as u64).product();
         match &node.op {
             Op::Conv2d(c) => elements * (c.kernel[0] * c.kernel[1] * c.in_channels / c.groups) as u64,
+            // Every input meets every tap, those that fall into the padding included.
+            Op::ConvTranspose2d(c) => {
+                let input: u64 = from.iter().map(|&n| n as u64).product();
+                input * (c.kernel * c.kernel * c.out_channels) as u64
+            }
             Op::Linear { weight, .. } => elements * self.params.entries()[*weight].shape[1] as u64,
             _ => 0,
         }

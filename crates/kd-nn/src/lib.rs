@@ -21,7 +21,7 @@ pub mod reference;
 
 pub use backward::{Gradients, NetworkGradients, backward};
 pub use builder::{Conv, GraphBuilder};
-pub use graph::{BatchNorm, Conv2d, Graph, Node, NodeId, Op, Pool};
+pub use graph::{BatchNorm, Conv2d, ConvTranspose2d, Graph, Node, NodeId, Op, Pool};
 pub use init::Init;
 pub use kernels::Level;
 pub use network::{Executor, Network, Precision};

@@ -45,9 +45,11 @@ fn compute(op: &Op, inputs: &[Tensor], leaves: &[Tensor], params: &Params, mode:
             let args = ConvArgs { stride: c.stride, padding: c.padding, dilation: c.dilation, groups: c.groups };
             ops::conv2d(x, &leaves[c.weight], c.bias.map(|b| &leaves[b]), &args)?
         }
+        Op::ConvTranspose2d(c) => ops::conv_transpose2d(x, &leaves[c.weight], Some(&leaves[c.bias]), c.stride, c.padding)?,
         Op::BatchNorm(bn) => batch_norm(bn, x, leaves, params, mode)?,
         Op::Relu => ops::relu(x)?,
         Op::Relu6 => ops::relu6(x)?,
+        Op::LeakyRelu { slope } => ops::leaky_relu(x, *slope)?,
         Op::Gelu => ops::gelu(x)?,
         Op::Silu => ops::silu(x)?,
         Op::Hardswish => ops::hardswish(x)?,

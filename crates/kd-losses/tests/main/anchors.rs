@@ -1,12 +1,18 @@
 //! What holds of every method of the common benchmark and after.
 
-use serde_json::{Map, Value};
+use serde_json::{Map, Value, to_value};
 
 use crate::main::fixtures::SEEDS;
 
 /// Each method's `Params::default()`, in the order of the registry: one line a method.
 fn defaults() -> Vec<(&'static str, Value)> {
-    vec![]
+    let json = |v: serde_json::Result<Value>| v.unwrap();
+    vec![
+        ("fitnet", json(to_value(kd_losses::fitnet::Params::default()))),
+        ("at", json(to_value(kd_losses::at::Params::default()))),
+        ("nst", json(to_value(kd_losses::nst::Params::default()))),
+        ("sp", json(to_value(kd_losses::sp::Params::default()))),
+    ]
 }
 
 #[test]

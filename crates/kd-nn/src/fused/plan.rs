@@ -189,7 +189,7 @@ pub(super) fn supports(graph: &Graph, id: NodeId) -> bool {
         && node.inputs.iter().all(|&i| known(i))
         && match &node.op {
             Op::Linear { .. } => node.shape.len() == 1,
-            Op::Input | Op::ResizeNearest { .. } => false,
+            Op::Input | Op::ResizeNearest { .. } | Op::ConvTranspose2d(_) | Op::LeakyRelu { .. } => false,
             _ => true,
         }
 }
@@ -410,7 +410,7 @@ impl Compiler<'_> {
             Op::Flatten => self.push(id, Kind::Flatten { x }),
             Op::Dropout { p } => self.push(id, Kind::Drop { x, p: *p, samples: false }),
             Op::DropPath { p } => self.push(id, Kind::Drop { x, p: *p, samples: true }),
-            Op::ResizeNearest { .. } => unreachable!("invariant: `supports` refuses it"),
+            Op::ResizeNearest { .. } | Op::ConvTranspose2d(_) | Op::LeakyRelu { .. } => unreachable!("invariant: `supports` refuses it"),
         }
     }
 

@@ -14,6 +14,11 @@ pub fn relu6(x: &Tensor) -> Result<Tensor> {
     x.ge(&six)?.where_cond(&six, &relu(x)?)
 }
 
+/// `x` where it is above 0, `slope x` elsewhere, gradient `slope` at 0. NaN passes through.
+pub fn leaky_relu(x: &Tensor, slope: f64) -> Result<Tensor> {
+    x.le(&x.zeros_like()?)?.where_cond(&(x * slope)?, x)
+}
+
 /// `x Phi(x)` with the exact error function (the gradient of candle's own carries seven digits only).
 pub fn gelu(x: &Tensor) -> Result<Tensor> {
     x * (((x * std::f64::consts::FRAC_1_SQRT_2)?.erf()? + 1.0)? * 0.5)?
@@ -69,7 +74,7 @@ mod tests {
     #[test]
     fn what_is_not_a_number_does_not_become_one() {
         let x = Tensor::new(&[f32::NAN, -1.0, 7.0], &Device::Cpu).unwrap();
-        for y in [relu(&x), relu6(&x), hardswish(&x), gelu(&x), silu(&x)] {
+        for y in [relu(&x), relu6(&x), hardswish(&x), gelu(&x), silu(&x), leaky_relu(&x, 0.1)] {
             let y = y.unwrap().to_vec1::<f32>().unwrap();
             assert!(y[0].is_nan() && !y[1].is_nan() && !y[2].is_nan());
         }

@@ -66,6 +66,28 @@ pub fn conv2d(x: &Tensor, weight: &Tensor, bias: Option<&Tensor>, args: &ConvArg
     }
 }
 
+/// Transposed convolution (the gradient of a convolution) of `x` `[B,C,H,W]` with `weight` `[C,O,k,k]`, plus `bias` `[O]`: to
+/// `(H - 1) stride - 2 padding + k` rows. `padding` is at most `k - 1`.
+pub fn conv_transpose2d(x: &Tensor, weight: &Tensor, bias: Option<&Tensor>, stride: usize, padding: usize) -> Result<Tensor> {
+    let (b, c, h, w) = x.dims4()?;
+    let (_, _, kernel, _) = weight.dims4()?;
+    if padding >= kernel {
+        candle_core::bail!("conv_transpose2d: padding {padding} with a kernel of {kernel}");
+    }
+    // A convolution of the spread input with the mirrored kernel: candle's own has no backward for every geometry.
+    let spread = if stride > 1 {
+        let apart = x.contiguous()?.reshape((b, c, h, 1, w, 1))?.pad_with_zeros(3, 0, stride - 1)?.pad_with_zeros(5, 0, stride - 1)?;
+        let apart = apart.reshape((b, c, h * stride, w * stride))?;
+        apart.narrow(2, 0, (h - 1) * stride + 1)?.narrow(3, 0, (w - 1) * stride + 1)?
+    } else {
+        x.clone()
+    };
+    let mirror = Tensor::from_iter((0..kernel as u32).rev(), x.device())?;
+    let mirrored = weight.transpose(0, 1)?.contiguous()?.index_select(&mirror, 2)?.index_select(&mirror, 3)?;
+    let args = ConvArgs { stride: [1; 2], padding: [kernel - 1 - padding; 4], dilation: [1; 2], groups: 1 };
+    conv2d(&spread, &mirrored, bias, &args)
+}
+
 /// `x W^T + b` along the last axis of `x`, any leading axes; weight `[out,in]`.
 pub fn linear(x: &Tensor, weight: &Tensor, bias: Option<&Tensor>) -> Result<Tensor> {
     let mut dims = x.dims().to_vec();
@@ -80,4 +102,36 @@ pub fn linear(x: &Tensor, weight: &Tensor, bias: Option<&Tensor>) -> Result<Tens
         None => y,
     };
     y.reshape(dims)
+}
+
+#[cfg(test)]
+mod tests {
+    use candle_core::{Device, Var};
+
+    use super::*;
+
+    /// `<conv(y, w), x> = <y, conv_transpose(x, w)>` for the convolution with the same weight: that defines the transpose.
+    #[test]
+    fn the_transposed_convolution_is_the_transpose() {
+        for (kernel, stride, padding, n) in [(4, 2, 1, 3), (3, 1, 1, 4), (2, 2, 0, 3), (3, 3, 2, 3), (1, 1, 0, 2)] {
+            let random = |seed: u64, shape: &[usize]| {
+                let n = shape.iter().product::<usize>() as u64;
+                let values: Vec<f64> = (0..n).map(|i| kd_core::Rng::new(seed).normal(i)).collect();
+                Tensor::from_vec(values, shape, &Device::Cpu).unwrap()
+            };
+            let (x, weight) = (random(1, &[2, 3, n, n]), random(2, &[3, 5, kernel, kernel]));
+            let x = Var::from_tensor(&x).unwrap();
+            let up = conv_transpose2d(&x, &weight, None, stride, padding).unwrap();
+            let side = (n - 1) * stride + kernel - 2 * padding;
+            assert_eq!(up.dims(), [2, 5, side, side]);
+            let y = random(3, up.dims());
+            let args = ConvArgs { stride: [stride; 2], padding: [padding; 4], dilation: [1; 2], groups: 1 };
+            let down = conv2d(&y, &weight, None, &args).unwrap();
+            let inner = |a: &Tensor, b: &Tensor| (a * b).unwrap().sum_all().unwrap();
+            let (left, right) = (inner(&down, &x), inner(&up, &y));
+            assert!((left.to_scalar::<f64>().unwrap() - right.to_scalar::<f64>().unwrap()).abs() < 1e-9);
+            let gradient = right.backward().unwrap().get(&x).unwrap().clone();
+            assert!((gradient - down).unwrap().abs().unwrap().max_all().unwrap().to_scalar::<f64>().unwrap() < 1e-9);
+        }
+    }
 }

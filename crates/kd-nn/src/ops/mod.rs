@@ -10,8 +10,8 @@ mod norm;
 mod pool;
 mod shape;
 
-pub use activation::{gelu, hardsigmoid, hardswish, l2_normalize, log_softmax, relu, relu6, sigmoid, silu, softmax};
-pub use conv::{ConvArgs, conv2d, linear};
+pub use activation::{gelu, hardsigmoid, hardswish, l2_normalize, leaky_relu, log_softmax, relu, relu6, sigmoid, silu, softmax};
+pub use conv::{ConvArgs, conv_transpose2d, conv2d, linear};
 pub use loss::{CrossEntropy, Reduction, Targets, cross_entropy, kl_div};
 pub use norm::{BatchMoments, batch_moments, batch_norm, layer_norm};
 pub use pool::{adaptive_avg_pool2d, avg_pool2d, interpolate_bilinear, interpolate_nearest, max_pool2d};
