@@ -29,6 +29,9 @@ pub fn registry() -> &'static [MethodEntry] {
         crate::at::ENTRY,
         crate::nst::ENTRY,
         crate::sp::ENTRY,
+        crate::srrl::ENTRY,
+        crate::simkd::ENTRY,
+        crate::ofa::ENTRY,
     ];
     METHODS
 }

@@ -12,6 +12,9 @@ fn defaults() -> Vec<(&'static str, Value)> {
         ("at", json(to_value(kd_losses::at::Params::default()))),
         ("nst", json(to_value(kd_losses::nst::Params::default()))),
         ("sp", json(to_value(kd_losses::sp::Params::default()))),
+        ("srrl", json(to_value(kd_losses::srrl::Params::default()))),
+        ("simkd", json(to_value(kd_losses::simkd::Params::default()))),
+        ("ofa", json(to_value(kd_losses::ofa::Params::default()))),
     ]
 }
 
