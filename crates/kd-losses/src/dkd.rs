@@ -94,12 +94,17 @@ pub fn dkd(student: &Tensor, teacher: &Tensor, labels: &Tensor, params: &Params)
     let (_, k, teacher) = inputs::both_logits(student, teacher)?;
     let y = Labels::new(labels, k, student)?.one_hot()?;
     let t = params.temperature;
-    let (z, v) = ((student / t)?, (teacher / t)?);
-    let tckd = Softmax::new(&one_against_others(&z, &y)?)?.kl(&Softmax::new(&one_against_others(&v, &y)?)?)?;
-    let others = (1.0 - y)?;
-    let nckd = Softmax::over(&z, &others)?.kl(&Softmax::over(&v, &others)?)?;
+    let [tckd, nckd] = rows(&(student / t)?, &(teacher / t)?, &y)?;
     let mean = |rows: Tensor| -> Result<Tensor> { Ok((rows.mean_all()? * (t * t))?) };
     Ok(LossTerms::new().with("tckd", mean(tckd)?, params.alpha).with("nckd", mean(nckd)?, params.beta))
+}
+
+/// Both divergences of each row `[B]` between logits that are divided by T already, for the labels' one-hot rows `y`.
+pub(crate) fn rows(z: &Tensor, v: &Tensor, y: &Tensor) -> Result<[Tensor; 2]> {
+    let tckd = Softmax::new(&one_against_others(z, y)?)?.kl(&Softmax::new(&one_against_others(v, y)?)?)?;
+    let others = (1.0 - y)?;
+    let nckd = Softmax::over(z, &others)?.kl(&Softmax::over(v, &others)?)?;
+    Ok([tckd, nckd])
 }
 
 struct Dkd {

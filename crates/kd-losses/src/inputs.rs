@@ -1,7 +1,7 @@
 //! Checks of the tensors a loss is given: shape, finiteness, agreement of the two sides. Each names the tensor and what would be right.
 
 use candle_core::{DType, Tensor};
-use kd_core::{Error, Result};
+use kd_core::{Error, Result, Setup};
 
 /// Refuses NaN and infinity, naming the tensor, the value and its place.
 pub(crate) fn finite(what: &str, x: &Tensor) -> Result<()> {
@@ -53,6 +53,27 @@ pub(crate) fn both_embeddings(student: &Tensor, teacher: &Tensor) -> Result<(usi
     Ok((b, d, constant(teacher, student)?))
 }
 
+/// The batch of two embeddings of any widths, and the teacher's outside any graph, in the student's type.
+pub(crate) fn one_batch(student: &Tensor, teacher: &Tensor) -> Result<(usize, Tensor)> {
+    let (b, _) = embedding("student.embedding", student)?;
+    let (rows, width) = embedding("teacher.embedding", teacher)?;
+    if rows != b {
+        return Err(Error::shape("teacher.embedding", format!("[{b}, {width}], as many rows as the student's"), teacher.dims()));
+    }
+    Ok((b, constant(teacher, student)?))
+}
+
+/// Refuses batches in which a sample has no other to be compared with.
+pub(crate) fn pairs(method: &str, setup: &Setup<'_>) -> Result<()> {
+    if setup.batch_size >= 2 {
+        return Ok(());
+    }
+    Err(Error::refused(format!(
+        "{method} compares the samples of a batch with each other: batch_size must be at least 2, is {}",
+        setup.batch_size
+    )))
+}
+
 /// `x` outside any graph, in the type of `like`.
 pub(crate) fn constant(x: &Tensor, like: &Tensor) -> Result<Tensor> {
     Ok(x.detach().to_dtype(like.dtype())?)
@@ -71,4 +92,9 @@ pub(crate) fn not_negative(key: &str, value: f64) -> Result<()> {
 /// Refuses a parameter outside `[0, 1]`.
 pub(crate) fn share(key: &str, value: f64) -> Result<()> {
     if (0.0..=1.0).contains(&value) { Ok(()) } else { Err(Error::param(key, value, "in 0..=1")) }
+}
+
+/// Refuses 0.
+pub(crate) fn at_least_one(key: &str, value: usize) -> Result<()> {
+    if value >= 1 { Ok(()) } else { Err(Error::param(key, value, "at least 1")) }
 }

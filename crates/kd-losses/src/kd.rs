@@ -94,13 +94,18 @@ pub fn kd(student: &Tensor, teacher: &Tensor, params: &Params) -> Result<LossTer
     params.validate()?;
     let (_, _, teacher) = inputs::both_logits(student, teacher)?;
     let t = params.temperature;
-    let (p, q) = (Softmax::new(&(student / t)?)?, Softmax::new(&(teacher / t)?)?);
-    let rows = match params.form {
-        Form::Kl => p.kl(&q)?,
-        Form::CrossEntropy => p.cross_entropy(q.p())?,
-    };
+    let rows = rows(&(student / t)?, &(teacher / t)?, params.form)?;
     let scale = if params.t_squared { t * t } else { 1.0 };
     Ok(LossTerms::one("kd", (rows.mean_all()? * scale)?))
+}
+
+/// Each row's measure between logits that are divided by T already, `[B]`.
+pub(crate) fn rows(z: &Tensor, v: &Tensor, form: Form) -> Result<Tensor> {
+    let (p, q) = (Softmax::new(z)?, Softmax::new(v)?);
+    match form {
+        Form::Kl => p.kl(&q),
+        Form::CrossEntropy => p.cross_entropy_with(&q),
+    }
 }
 
 struct Kd {

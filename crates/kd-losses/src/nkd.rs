@@ -89,14 +89,22 @@ pub fn nkd(student: &Tensor, teacher: &Tensor, labels: &Tensor, params: &Params)
     params.validate()?;
     let (_, k, teacher) = inputs::both_logits(student, teacher)?;
     let y = Labels::new(labels, k, student)?.one_hot()?;
-    let t_y = labels::at(&softmax::log_softmax(&teacher)?, &y)?.exp()?;
-    let target = (t_y * labels::at(&softmax::log_softmax(student)?, &y)?)?.mean_all()?.neg()?;
+    let target = target_rows(student, &teacher, &y)?.mean_all()?;
 
     let t = params.temperature;
-    let others = (1.0 - y)?;
-    let (p, q) = (Softmax::over(&(student / t)?, &others)?, Softmax::over(&(teacher / t)?, &others)?);
-    let non_target = (p.cross_entropy(q.p())?.mean_all()? * (t * t))?;
+    let non_target = (non_target_rows(&(student / t)?, &(teacher / t)?, &(1.0 - y)?)?.mean_all()? * (t * t))?;
     Ok(LossTerms::one("target", target).with("non_target", non_target, params.gamma))
+}
+
+/// `-T_y log S_y` of each row, `[B]`, at temperature 1; `v` is a constant.
+pub(crate) fn target_rows(z: &Tensor, v: &Tensor, y: &Tensor) -> Result<Tensor> {
+    let t_y = labels::at(&softmax::log_softmax(&v.detach())?, y)?.exp()?;
+    Ok((t_y * labels::at(&softmax::log_softmax(z)?, y)?)?.neg()?)
+}
+
+/// The cross-entropy of each row over the classes that `keep` marks, `[B]`, of logits that are divided by T already.
+pub(crate) fn non_target_rows(z: &Tensor, v: &Tensor, keep: &Tensor) -> Result<Tensor> {
+    Softmax::over(z, keep)?.cross_entropy_with(&Softmax::over(v, keep)?)
 }
 
 struct Nkd {

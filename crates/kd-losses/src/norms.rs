@@ -20,3 +20,11 @@ pub(crate) fn unit(x: &Tensor, eps: f64) -> Result<Tensor> {
     let longer = norm.detach().gt(eps)?.to_dtype(x.dtype())?;
     Ok(x.broadcast_mul(&longer)?.broadcast_div(&norm)?)
 }
+
+/// Length of each row of `[B,D]` as `[B,1]`; one of no length is 0 without a gradient.
+pub(crate) fn length(x: &Tensor) -> Result<Tensor> {
+    let squares = x.contiguous()?.sqr()?.sum_keepdim(1)?;
+    let longer = squares.detach().gt(0.0)?;
+    let safe = longer.where_cond(&squares, &squares.ones_like()?)?;
+    Ok((safe.sqrt()? * longer.to_dtype(x.dtype())?)?)
+}

@@ -40,7 +40,7 @@ impl Softmax {
         Ok(Self { z: z.clone(), p: (log_p.exp()? * keep)?, log_p })
     }
 
-    /// `KL(teacher || self)` of each row, `[B]`.
+    /// `KL(teacher || self)` of each row, `[B]`; a teacher in a graph (behind a learnt temperature) has its gradient too.
     pub(crate) fn kl(&self, teacher: &Self) -> Result<Tensor> {
         // Element by element as p - q + q d with d = log q - log p: the same sum as that of q d, but an error common to a row's logarithms
         // drops out, and where p and q are close no digit is lost. At T = 20 in f32, q d alone is off by 1e-4.
@@ -49,12 +49,27 @@ impl Softmax {
         let tanh = (&d * 0.5)?.tanh()?;
         let close = (q * (&d - ((&tanh * 2.0)? / (tanh + 1.0)?)?)?)?; // exp(-d) - 1 = -2 tanh(d/2) / (1 + tanh(d/2))
         let apart = ((p - q)? + (q * &d)?)?;
-        self.sloped(&d.abs()?.lt(1.0)?.where_cond(&close, &apart)?, q)
+        teacher.weighing(self.sloped(&d.abs()?.lt(1.0)?.where_cond(&close, &apart)?, q)?, &d)
     }
 
     /// `H(q, self)` of each row, `[B]`, for a distribution `q` over the same classes.
     pub(crate) fn cross_entropy(&self, q: &Tensor) -> Result<Tensor> {
         self.sloped(&(q * &self.log_p)?.neg()?, q)
+    }
+
+    /// `H(teacher, self)` of each row, `[B]`; a teacher in a graph has its gradient too.
+    pub(crate) fn cross_entropy_with(&self, teacher: &Self) -> Result<Tensor> {
+        teacher.weighing(self.cross_entropy(&teacher.p)?, &self.log_p.neg()?)
+    }
+
+    /// `rows`, the expectation of `measure` under this distribution, with the gradient through the distribution if it is in a graph.
+    fn weighing(&self, rows: Tensor, measure: &Tensor) -> Result<Tensor> {
+        if !self.z.track_op() {
+            return Ok(rows);
+        }
+        let mean = (&self.p * measure)?.sum_keepdim(1)?;
+        let slope = (&self.p * measure.broadcast_sub(&mean)?)?;
+        Ok((rows + with_slope(&slope.zeros_like()?, &self.z, &slope)?)?)
     }
 
     /// The probabilities `[B,K]`, detached.
@@ -70,7 +85,7 @@ impl Softmax {
 
 /// The sum of each row of `value`, whose gradient with respect to `x` is `slope`: in closed form it is exactly 0 where the two sides agree,
 /// while a chain of operations leaves rounding errors there.
-fn with_slope(value: &Tensor, x: &Tensor, slope: &Tensor) -> Result<Tensor> {
+pub(crate) fn with_slope(value: &Tensor, x: &Tensor, slope: &Tensor) -> Result<Tensor> {
     let nothing = (x - x.detach())?;
     Ok((value.detach() + (nothing * slope.detach())?)?.sum(1)?)
 }

@@ -8,6 +8,11 @@ use crate::main::fixtures::SEEDS;
 fn defaults() -> Vec<(&'static str, Value)> {
     let json = |v: serde_json::Result<Value>| v.unwrap();
     vec![
+        ("dist", json(to_value(kd_losses::dist::Params::default()))),
+        ("pkt", json(to_value(kd_losses::pkt::Params::default()))),
+        ("rkd", json(to_value(kd_losses::rkd::Params::default()))),
+        ("cc", json(to_value(kd_losses::cc::Params::default()))),
+        ("wsld", json(to_value(kd_losses::wsld::Params::default()))),
         ("fitnet", json(to_value(kd_losses::fitnet::Params::default()))),
         ("at", json(to_value(kd_losses::at::Params::default()))),
         ("nst", json(to_value(kd_losses::nst::Params::default()))),
