@@ -5,6 +5,7 @@
 #[cfg(unix)]
 mod cuda_check;
 mod release_check;
+mod reproduce;
 #[cfg(test)]
 mod tidy;
 mod workspace;
@@ -16,6 +17,7 @@ use clap::Parser;
 #[command(bin_name = "cargo xtask", about = "Maintenance commands of the kd workspace")]
 enum Task {
     ReleaseCheck(release_check::Args),
+    Reproduce(reproduce::Args),
     #[cfg(unix)]
     CudaCheck(cuda_check::Args),
 }
@@ -23,6 +25,7 @@ enum Task {
 fn main() -> Result<()> {
     match Task::parse() {
         Task::ReleaseCheck(args) => release_check::run(&args),
+        Task::Reproduce(args) => reproduce::run(&args),
         #[cfg(unix)]
         Task::CudaCheck(args) => cuda_check::run(&args),
     }

@@ -36,6 +36,7 @@ mod folder;
 mod idx;
 pub mod image;
 pub mod loader;
+mod noise;
 mod published;
 pub mod registry;
 mod resize;

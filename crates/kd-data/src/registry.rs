@@ -1,6 +1,6 @@
 //! Every data source by name.
 
-use crate::{Error, Result, Splits, cifar, cub, digits, folder, idx, stanford_cars, stl10, tiny_imagenet};
+use crate::{Error, Result, Splits, cifar, cub, digits, folder, idx, noise, stanford_cars, stl10, tiny_imagenet};
 
 /// A source that [`open`] knows.
 #[derive(Debug, serde::Serialize)]
@@ -31,6 +31,7 @@ pub const SOURCES: &[SourceEntry] = &[
     tiny_imagenet::ENTRY,
     cub::ENTRY,
     stanford_cars::ENTRY,
+    noise::ENTRY,
 ];
 
 /// Opens the source that `spec` names: `NAME` or `NAME:ARGUMENT`. Paths are taken as they stand, relative to the current directory;

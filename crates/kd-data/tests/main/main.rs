@@ -4,6 +4,7 @@ mod cifar;
 mod digits;
 mod folder;
 mod loader;
+mod noise;
 mod published;
 mod select;
 mod support;
