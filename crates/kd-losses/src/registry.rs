@@ -30,6 +30,10 @@ pub fn registry() -> &'static [MethodEntry] {
         crate::rkd::ENTRY,
         crate::cc::ENTRY,
         crate::wsld::ENTRY,
+        crate::logit_standardization::ENTRY,
+        crate::mlld::ENTRY,
+        crate::ctkd::ENTRY,
+        crate::sdd::ENTRY,
         crate::fitnet::ENTRY,
         crate::at::ENTRY,
         crate::nst::ENTRY,
@@ -68,4 +72,11 @@ pub(crate) fn parse<P: DeserializeOwned>(params: &Value, validate: impl Fn(&P) -
 /// What a parity call's samples are labelled with: its soft targets if it has them, its labels otherwise.
 pub(crate) fn parity_labels(inputs: &ParityInputs) -> Result<&Tensor> {
     inputs.find("targets").map_or_else(|| inputs.get("labels"), Ok)
+}
+
+/// Takes a parameter out of a parity call that only fixtures have: its value and the other parameters.
+pub(crate) fn parity_without(inputs: &ParityInputs, key: &str) -> (Option<Value>, Value) {
+    let mut params = inputs.params.clone();
+    let value = params.as_object_mut().and_then(|p| p.remove(key));
+    (value, params)
 }
