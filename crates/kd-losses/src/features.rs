@@ -222,8 +222,9 @@ fn named(method: &str, e: Error) -> Error {
 }
 
 /// The cuts that comparisons need.
-pub(crate) fn needs(matches: &[Match]) -> Needs {
-    Needs { student: matches.iter().map(|m| m.student).collect(), teacher: matches.iter().map(|m| m.teacher).collect(), ..Needs::default() }
+pub(crate) fn needs<'a>(matches: impl IntoIterator<Item = &'a Match>) -> Needs {
+    let (student, teacher) = matches.into_iter().map(|m| (m.student, m.teacher)).unzip();
+    Needs { student, teacher, ..Needs::default() }
 }
 
 /// The maps of a step.

@@ -41,6 +41,12 @@ pub fn registry() -> &'static [MethodEntry] {
         crate::srrl::ENTRY,
         crate::simkd::ENTRY,
         crate::ofa::ENTRY,
+        crate::vid::ENTRY,
+        crate::ofd::ENTRY,
+        crate::reviewkd::ENTRY,
+        crate::reviewkd_pp::ENTRY,
+        crate::catkd::ENTRY,
+        crate::mgd::ENTRY,
     ];
     METHODS
 }

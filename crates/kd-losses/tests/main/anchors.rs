@@ -24,6 +24,12 @@ fn defaults() -> Vec<(&'static str, Value)> {
         ("srrl", json(to_value(kd_losses::srrl::Params::default()))),
         ("simkd", json(to_value(kd_losses::simkd::Params::default()))),
         ("ofa", json(to_value(kd_losses::ofa::Params::default()))),
+        ("vid", json(to_value(kd_losses::vid::Params::default()))),
+        ("ofd", json(to_value(kd_losses::ofd::Params::default()))),
+        ("reviewkd", json(to_value(kd_losses::reviewkd::Params::default()))),
+        ("reviewkd_pp", json(to_value(kd_losses::reviewkd_pp::Params::default()))),
+        ("catkd", json(to_value(kd_losses::catkd::Params::default()))),
+        ("mgd", json(to_value(kd_losses::mgd::Params::default()))),
     ]
 }
 
