@@ -257,15 +257,22 @@ impl LossTerms {
     }
 }
 
-/// A stretch of epochs before the main training in which a method trains something first (AB, FSP, FT).
-#[derive(Clone, Debug, Default, PartialEq, Eq, Serialize)]
+/// A stretch of epochs before the main training in which a method trains something first (AB, FSP, FT). Its loss is
+/// [`Method::phase_loss`] alone.
+#[derive(Clone, Debug, Default, PartialEq, Serialize)]
 pub struct Phase {
     /// Shown in the progress.
     pub name: String,
     /// Its length.
     pub epochs: usize,
-    /// Name prefixes of student parameters that it leaves without a gradient.
+    /// Its learning rate; none: the optimiser's own at the start of the schedule. Nothing drops it.
+    pub lr: Option<f64>,
+    /// What it wants computed; [`Method::needs`] is the main training's.
+    pub needs: Needs,
+    /// Name prefixes of student parameters that it leaves as they are; an empty prefix names all.
     pub unused: Vec<String>,
+    /// Which of [`Method::networks`], by index, it leaves as they are.
+    pub idle: Vec<usize>,
 }
 
 /// A distillation method: turns the outputs of both sides into loss terms, and owns what it trains beside the student.
@@ -294,7 +301,7 @@ pub trait Method: Send {
         vec![]
     }
 
-    /// Initial phases, in order.
+    /// Initial phases, in order. Asked before [`Method::prepare`] and again after it.
     fn phases(&self) -> Vec<Phase> {
         vec![]
     }
@@ -304,7 +311,7 @@ pub trait Method: Send {
         vec![]
     }
 
-    /// Which of [`Method::networks`], by index, take no part in `epoch` (from 0): no gradient is expected for them.
+    /// Which of [`Method::networks`], by index, take no part in `epoch` (from 0) of the main training: no gradient is expected for them.
     fn idle(&self, _epoch: usize) -> Vec<usize> {
         vec![]
     }
@@ -314,8 +321,13 @@ pub trait Method: Send {
         Ok(student)
     }
 
-    /// The loss of one step.
+    /// The loss of one step of the main training.
     fn loss(&mut self, step: &StepView<'_>) -> Result<LossTerms>;
+
+    /// The loss of one step of the initial phase `phase`, an index into [`Method::phases`]; `step.progress` counts the phase's own epochs.
+    fn phase_loss(&mut self, phase: usize, _step: &StepView<'_>) -> Result<LossTerms> {
+        Err(Error::refused(format!("{} has no initial phase {phase}", self.name())))
+    }
 
     /// What resume needs besides [`Method::networks`] and [`Method::vars`], which the loop saves.
     fn state(&self) -> Result<StateDict> {
