@@ -1,17 +1,41 @@
-//! The progress of a run on standard error: a bar on a terminal, one plain line per epoch elsewhere.
+//! The progress of runs on standard error: a bar for each on a terminal, one plain line per epoch elsewhere.
 
 use std::io::IsTerminal;
 use std::time::{Duration, Instant};
 
-use indicatif::{ProgressBar, ProgressDrawTarget, ProgressStyle};
+use indicatif::{MultiProgress, ProgressBar, ProgressDrawTarget, ProgressStyle};
 use kd_core::metrics::Mean;
 use kd_train::{Event, Result, Sink, Split, StepReport, Subject};
 
 use crate::output;
 
+/// Shows the runs that go on at the same time.
+pub struct Board {
+    runs: Vec<Progress>,
+}
+
+impl Board {
+    /// Each under its title; silent with `quiet`.
+    pub fn new<'a>(titles: impl Iterator<Item = &'a str> + Clone, quiet: bool) -> Self {
+        let hidden = quiet || !std::io::stderr().is_terminal();
+        let bars =
+            MultiProgress::with_draw_target(if hidden { ProgressDrawTarget::hidden() } else { ProgressDrawTarget::stderr_with_hz(8) });
+        let width = titles.clone().map(str::len).fold(9, usize::max);
+        let run = |title: &str| Progress::new(format!("{title:<width$}"), quiet, hidden, bars.add(ProgressBar::no_length()));
+        Self { runs: titles.map(run).collect() }
+    }
+
+    /// A sink for each run.
+    pub fn each(&mut self) -> impl Iterator<Item = &mut Progress> {
+        self.runs.iter_mut()
+    }
+}
+
 /// Shows one run under its name (`teacher`, `baseline`, `student`).
 pub struct Progress {
+    /// Padded to the widest of those that run at the same time.
     title: String,
+    hidden: bool,
     quiet: bool,
     bar: ProgressBar,
     epochs: usize,
@@ -36,13 +60,10 @@ struct Epoch {
 }
 
 impl Progress {
-    /// Under `title`; silent with `quiet`.
-    pub fn new(title: &str, quiet: bool) -> Self {
-        let target =
-            if quiet || !std::io::stderr().is_terminal() { ProgressDrawTarget::hidden() } else { ProgressDrawTarget::stderr_with_hz(8) };
-        let bar = ProgressBar::with_draw_target(None, target);
+    fn new(title: String, quiet: bool, hidden: bool, bar: ProgressBar) -> Self {
         Self {
-            title: title.to_string(),
+            title,
+            hidden,
             quiet,
             bar,
             epochs: 0,
@@ -55,7 +76,7 @@ impl Progress {
     }
 
     fn say(&self, text: &str) {
-        match (self.quiet, self.bar.is_hidden()) {
+        match (self.quiet, self.hidden) {
             (true, _) => {}
             (false, true) => output::message(text),
             (false, false) => self.bar.println(text),
@@ -114,7 +135,7 @@ impl Progress {
         let terms: Vec<String> = e.terms.iter().map(|(n, m)| format!("{n} {:.4}", m.get())).collect();
         let terms = if terms.len() > 1 { format!(" ({})", terms.join(", ")) } else { String::new() };
         format!(
-            "{:<9} epoch {:>3}/{}  lr {:<8.6} loss {:.4}{terms}  {:.0} img/s",
+            "{} epoch {:>3}/{}  lr {:<8.6} loss {:.4}{terms}  {:.0} img/s",
             self.title,
             e.number + 1,
             self.epochs,
@@ -132,12 +153,12 @@ impl Sink for Progress {
                 (self.epochs, self.steps_per_epoch, self.total_steps) = (*epochs, *steps_per_epoch, epochs * steps_per_epoch);
                 self.bar.set_length(self.total_steps as u64);
                 self.bar.set_position(*step as u64);
-                if let Ok(style) = ProgressStyle::with_template("{prefix:<9} {bar:30} {pos}/{len} steps  {msg}") {
+                if let Ok(style) = ProgressStyle::with_template("{prefix} {bar:30} {pos}/{len} steps  {msg}") {
                     self.bar.set_style(style);
                 }
                 self.bar.set_prefix(self.title.clone());
                 let from = if *step > 0 { format!(", going on at epoch {}, step {step}", epoch + 1) } else { String::new() };
-                self.say(&format!("{:<9} {samples} images, {epochs} epochs of {steps_per_epoch} steps{from}", self.title));
+                self.say(&format!("{} {samples} images, {epochs} epochs of {steps_per_epoch} steps{from}", self.title));
             }
             Event::EpochStarted { epoch, lr } => {
                 self.flush();
@@ -157,22 +178,19 @@ impl Sink for Progress {
                 let figure = format!("  {split} top-1 {:.2}%{mark}", evaluation.top1);
                 match &mut self.epoch.line {
                     Some(line) => line.push_str(&figure),
-                    None => self.say(&format!("{:<9}{figure}", self.title)),
+                    None => self.say(&format!("{}{figure}", self.title)),
                 }
             }
             Event::Evaluated { subject: Subject::Teacher(name), split, evaluation, .. } => {
-                self.say(&format!(
-                    "{:<9} teacher {name}: {split} top-1 {:.2}%, top-5 {:.2}%",
-                    self.title, evaluation.top1, evaluation.top5
-                ));
+                self.say(&format!("{} teacher {name}: {split} top-1 {:.2}%, top-5 {:.2}%", self.title, evaluation.top1, evaluation.top5));
             }
-            Event::Warning { message } => self.say(&format!("{:<9} warning: {message}", self.title)),
+            Event::Warning { message } => self.say(&format!("{} warning: {message}", self.title)),
             Event::Finished(result) => {
                 self.flush();
                 self.bar.finish_and_clear();
                 if self.begun.is_some() {
                     self.say(&format!(
-                        "{:<9} done: {} steps in {}, {:.0} img/s, {:.1}% of it waiting for data",
+                        "{} done: {} steps in {}, {:.0} img/s, {:.1}% of it waiting for data",
                         self.title,
                         result.steps,
                         span(Duration::from_secs_f64(result.seconds)),

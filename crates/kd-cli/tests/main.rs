@@ -262,6 +262,137 @@ fn distill_ends_with_a_table_and_a_student_that_evaluates_alike() {
     assert!(student("tiny") == student("tiny-2"));
 }
 
+/// Four students of one teacher: no need of it, its logits, its class means and an adapter, its blocks.
+const GROUP: &str = r#"
+name = "group"
+[data]
+source = "digits"
+batch_size = 20
+train_limit = 60
+[teacher]
+model = "resnet14"
+[teacher.train.schedule]
+kind = "constant"
+epochs = 2
+[student]
+model = "resnet8"
+[schedule]
+kind = "constant"
+epochs = 3
+[options]
+checkpoint_steps = 2
+allow_bad_teacher = true
+[[run]]
+name = "ce"
+loss = [{ method = "ce" }]
+[[run]]
+name = "kd"
+schedule.epochs = 5
+[[run]]
+name = "nd"
+student.model = "resnet8x4"
+optim.lr = 0.01
+loss = [{ method = "ce" }, { method = "nd" }]
+[[run]]
+name = "block"
+loss = [{ method = "block_kd" }]
+"#;
+
+const MEMBERS: [&str; 4] = ["ce", "kd", "nd", "block"];
+
+fn weights(dir: &Path, run: &str) -> Vec<u8> {
+    std::fs::read(dir.join(run).join("student.safetensors")).unwrap()
+}
+
+#[test]
+fn runs_side_by_side_end_as_each_would_alone() {
+    let dir = folder();
+    let d = dir.path();
+    std::fs::write(d.join("group.toml"), GROUP).unwrap();
+    let table = ok(d, &["distill", "--config", "group.toml", "--out", "group", "--quiet"]);
+    for word in ["teacher", "ce ", "kd ", "nd ", "block ", "resnet8x4", "group"] {
+        assert!(table.contains(word), "no `{word}` in\n{table}");
+    }
+    assert_eq!(ok(d, &["distill", "--resume", "group"]), table);
+
+    // Each by itself, from a config that has never heard of the others.
+    let given = GROUP.split("[[run]]").next().unwrap().replace("[options]", "[run]");
+    let teacher = "[teacher]\nmodel = \"resnet14\"\nweights = \"group/teacher/student.safetensors\"\n";
+    let (before, after) = (given.split("[teacher]").next().unwrap(), given.split("[student]").nth(1).unwrap());
+    std::fs::write(d.join("one.toml"), format!("{before}{teacher}[student]{after}")).unwrap();
+    let own: [&[&str]; 4] = [
+        &["loss=[{method='ce'}]"],
+        &["schedule.epochs=5"],
+        &["student.model=resnet8x4", "optim.lr=0.01", "loss=[{method='ce'},{method='nd'}]"],
+        &["loss=[{method='block_kd'}]"],
+    ];
+    for (name, own) in MEMBERS.into_iter().zip(own) {
+        let mut args = vec!["distill", "--config", "one.toml", "--quiet", "--out", name];
+        own.iter().for_each(|set| args.extend(["--set", set]));
+        ok(d, &args);
+        assert!(weights(d, name) == weights(d, &format!("group/{name}")), "{name}");
+    }
+}
+
+#[test]
+fn a_killed_group_goes_on_together_or_one_by_one() {
+    let dir = folder();
+    let d = dir.path();
+    std::fs::write(d.join("group.toml"), GROUP).unwrap();
+    ok(d, &["distill", "--config", "group.toml", "--out", "whole", "--quiet"]);
+    let seen = |line: &str| line.starts_with("nd ") && line.contains("epoch   1/");
+    let mut child = start_until(d, &["distill", "--config", "group.toml", "--out", "group"], seen);
+    child.kill().unwrap();
+    child.wait().unwrap();
+    assert!(!d.join("group/ce/student.safetensors").exists());
+    // One alone to its end: the teacher that was trained for all lies beside it.
+    ok(d, &["distill", "--resume", "group/nd", "--quiet"]);
+    assert!(weights(d, "group/nd") == weights(d, "whole/nd"));
+    assert!(!d.join("group/nd/teacher").exists());
+    ok(d, &["distill", "--resume", "group", "--quiet"]);
+    for name in MEMBERS {
+        assert!(weights(d, &format!("group/{name}")) == weights(d, &format!("whole/{name}")), "{name}");
+    }
+}
+
+#[test]
+fn a_run_that_fails_leaves_the_others_alone() {
+    let dir = folder();
+    let d = dir.path();
+    std::fs::write(d.join("group.toml"), GROUP).unwrap();
+    let args = ["distill", "--config", "group.toml", "--out", "group", "--quiet", "--set", "run.0.optim.lr=1e30"];
+    let out = kd(d, &args);
+    let (table, err) = (text(&out.stdout), text(&out.stderr));
+    assert_eq!(out.status.code(), Some(1), "{err}");
+    assert_eq!(err.matches("error:").count(), 1, "{err}");
+    assert!(err.contains("1 of 4 runs failed; ce: epoch"), "{err}");
+    assert!(table.lines().any(|l| l.starts_with("ce ") && l.contains("failed")), "{table}");
+    for name in &MEMBERS[1..] {
+        assert!(d.join("group").join(name).join("student.safetensors").is_file(), "{name}");
+    }
+}
+
+#[test]
+fn what_runs_cannot_have_for_themselves_is_refused() {
+    let dir = folder();
+    std::fs::write(dir.path().join("group.toml"), GROUP).unwrap();
+    for (set, words) in [
+        ("run.1.seed=2", ["`run.1.seed` cannot differ", "share"]),
+        ("run.1.data.batch_size=2", ["`run.1.data` cannot differ", "share"]),
+        ("run.1.precision=strict", ["`run.1.precision` cannot differ", "share"]),
+        ("run.1.name=ce", ["`run.1.name` is ce", "another name"]),
+        ("run.1.name=a/b", ["\"a/b\"", "a folder's name"]),
+        ("run.1.name=teacher", ["\"teacher\"", "its own"]),
+        ("run.1.optim.lrr=2", ["lrr", "did you mean `lr`"]),
+        ("run.4.student.model=resnet8", ["`run.4` has no `name`", "must be given"]),
+    ] {
+        let e = refused(dir.path(), &["distill", "--config", "group.toml", "--set", set]);
+        assert!(words.iter().all(|w| e.contains(w)), "{set}: {e}");
+    }
+    assert!(refused(dir.path(), &["train", "--config", "group.toml"]).contains("several runs"));
+    assert!(!dir.path().join("runs").exists());
+}
+
 /// Starts a run and waits for a line of progress that `seen` accepts.
 fn start_until(dir: &Path, args: &[&str], seen: impl Fn(&str) -> bool) -> Child {
     let mut child = Command::new(env!("CARGO_BIN_EXE_kd-cli"))

@@ -4,7 +4,7 @@ use candle_core::Tensor;
 use kd_core::{Cut, ModelSpec, Needs};
 use kd_nn::Gradients;
 
-use crate::job::{Job, Teacher};
+use crate::job::{Shared, Student, Teacher};
 use crate::optim::{Part, Target};
 use crate::{Error, Evaluation, Result, Split};
 
@@ -12,44 +12,44 @@ use crate::{Error, Evaluation, Result, Split};
 const LISTED: usize = 3;
 
 /// Ranges, classes, cuts and inputs.
-pub(crate) fn job(job: &Job) -> Result<()> {
-    job.optim.validate().and_then(|()| job.schedule.validate()).map_err(Error::Setup)?;
+pub(crate) fn student(shared: &Shared, own: &Student) -> Result<()> {
+    own.optim.validate().and_then(|()| own.schedule.validate()).map_err(Error::Setup)?;
     let refuse = |message: String| Err(Error::Refused(message));
-    if job.objectives.is_empty() {
+    if own.objectives.is_empty() {
         return refuse("a run without a loss".to_string());
     }
-    if job.data.train.batches() == 0 {
+    if shared.data.train.batches() == 0 {
         return refuse("the training set is empty".to_string());
     }
-    let classes = job.data.classes;
-    let student = job.student.spec();
+    let classes = shared.data.classes;
+    let student = own.model.spec();
     if student.classes != classes {
         return refuse(format!("student {} has {} outputs, the data {classes} classes", student.name, student.classes));
     }
-    for teacher in &job.teachers {
+    for teacher in &shared.teachers {
         let outputs = teacher.model.spec().classes;
         if outputs != classes {
             return refuse(format!("teacher {} has {outputs} outputs, the data {classes} classes", teacher.name));
         }
     }
-    needs(job)
+    needs(shared, own)
 }
 
 /// Does every method get what it asks for?
-pub(crate) fn needs(job: &Job) -> Result<()> {
+pub(crate) fn needs(shared: &Shared, own: &Student) -> Result<()> {
     let refuse = |message: String| Err(Error::Refused(message));
-    let student = job.student.spec();
-    for objective in &job.objectives {
+    let student = own.model.spec();
+    for objective in &own.objectives {
         let name = objective.method.name();
         let needs = objective.method.needs();
         check_cuts(name, "student", student, &needs.student)?;
-        if job.teachers.is_empty() && (!needs.teacher.is_empty() || needs.teacher_model || needs.class_means) {
+        if shared.teachers.is_empty() && (!needs.teacher.is_empty() || needs.teacher_model || needs.class_means) {
             return refuse(format!("method {name} needs a teacher, and there is none"));
         }
-        for teacher in &job.teachers {
+        for teacher in &shared.teachers {
             check_cuts(name, &format!("teacher {}", teacher.name), teacher.model.spec(), &needs.teacher)?;
         }
-        check_inputs(name, &needs, job)?;
+        check_inputs(name, &needs, shared)?;
         if !objective.method.phases().is_empty() {
             return refuse(format!("method {name} trains in phases, which this version does not run"));
         }
@@ -60,11 +60,11 @@ pub(crate) fn needs(job: &Job) -> Result<()> {
     Ok(())
 }
 
-fn check_inputs(name: &str, needs: &Needs, job: &Job) -> Result<()> {
-    if needs.class_groups && job.data.class_groups.is_none() {
+fn check_inputs(name: &str, needs: &Needs, shared: &Shared) -> Result<()> {
+    if needs.class_groups && shared.data.class_groups.is_none() {
         return Err(Error::Refused(format!("method {name} needs a group for each class, which this data set has not")));
     }
-    if needs.class_means && job.data.class_means.is_none() && job.data.plain.is_none() {
+    if needs.class_means && shared.data.class_means.is_none() && shared.data.plain.is_none() {
         return Err(Error::Refused(format!(
             "method {name} needs class means, or an unaugmented pass over the training set to compute them"
         )));

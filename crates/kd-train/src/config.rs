@@ -24,7 +24,10 @@
 //! [run]
 //! checkpoint_every = 1
 //! ```
+//!
+//! A list `[[run]]` describes several runs side by side: [`Runs`].
 
+mod runs;
 mod tree;
 
 use std::fmt;
@@ -35,6 +38,7 @@ use serde::de::{MapAccess, Visitor};
 use serde::{Deserialize, Deserializer, Serialize, Serializer};
 use serde_json::{Map, Value};
 
+pub use self::runs::Runs;
 use self::tree::Node;
 pub use self::tree::did_you_mean;
 use crate::files::{Disk, Files};
@@ -272,10 +276,7 @@ impl<'de> Deserialize<'de> for LossConfig {
 impl Config {
     /// Reads a file. See [`Config::parse`].
     pub fn load(path: &Path, overrides: &[String], methods: &[MethodEntry]) -> Result<Self> {
-        let bytes = Disk.read(path).map_err(|e| Error::io("reading", path, e))?;
-        let text =
-            String::from_utf8(bytes).map_err(|e| Error::Config { at: path.display().to_string(), message: e.to_string(), hint: None })?;
-        Self::parse(&text, &path.display().to_string(), overrides, methods)
+        Self::parse(&read(path)?, &path.display().to_string(), overrides, methods)
     }
 
     /// Reads `text`, applies the overrides, fills in every default and checks every value. `file` is what messages call it;
@@ -284,18 +285,23 @@ impl Config {
     /// # Errors
     /// [`Error::Config`], with the line or override at fault.
     pub fn parse(text: &str, file: &str, overrides: &[String], methods: &[MethodEntry]) -> Result<Self> {
-        let mut tree = Node::parse(text, file)?;
-        overrides.iter().try_for_each(|o| tree.set(o))?;
-        tree.make_list("teacher");
+        let mut tree = written(text, file, overrides)?;
+        if tree.take_list("run").is_some() {
+            return Err(tree.error("run", "this file describes several runs, where one is asked for", None));
+        }
+        Self::from_tree(&tree, methods)
+    }
+
+    fn from_tree(tree: &Node, methods: &[MethodEntry]) -> Result<Self> {
         let mut config: Self = tree.deserialize()?;
         config.fill_defaults();
-        Check { tree: &tree, methods }.config(&mut config)?;
+        Check { tree, methods }.config(&mut config)?;
         Ok(config)
     }
 
     /// The resolved configuration as a file.
     pub fn to_toml(&self) -> Result<String> {
-        toml::to_string(self).map_err(|e| Error::Refused(format!("this configuration cannot be written as TOML: {e}")))
+        toml_of(self)
     }
 
     fn fill_defaults(&mut self) {
@@ -322,6 +328,23 @@ impl Config {
             self.name = teachers.chain([self.student.model.as_str()]).chain(methods).collect::<Vec<_>>().join("-");
         }
     }
+}
+
+fn read(path: &Path) -> Result<String> {
+    let bytes = Disk.read(path).map_err(|e| Error::io("reading", path, e))?;
+    String::from_utf8(bytes).map_err(|e| Error::Config { at: path.display().to_string(), message: e.to_string(), hint: None })
+}
+
+/// A file as it was meant: with the overrides, and one spelling of the teachers.
+fn written(text: &str, file: &str, overrides: &[String]) -> Result<Node> {
+    let mut tree = Node::parse(text, file)?;
+    overrides.iter().try_for_each(|o| tree.set(o))?;
+    tree.make_list("teacher");
+    Ok(tree)
+}
+
+fn toml_of(value: &impl Serialize) -> Result<String> {
+    toml::to_string(value).map_err(|e| Error::Refused(format!("this configuration cannot be written as TOML: {e}")))
 }
 
 /// The checks that go beyond types, with the tree to name the place at fault.

@@ -13,7 +13,7 @@ use crate::parts::{StringMap, fingerprint};
 use crate::run_dir::RunPlace;
 use crate::state::RunResult;
 
-/// Everything a run needs, built.
+/// Everything a run of one student needs, built: a [`Student`] and its [`Shared`] part in one.
 pub struct Job {
     /// The network to train.
     pub student: Arc<dyn Model>,
@@ -31,6 +31,40 @@ pub struct Job {
     pub options: RunOptions,
     /// Everything random follows from it.
     pub seed: u64,
+    /// The run directory; `None` writes nothing.
+    pub place: Option<RunPlace>,
+}
+
+impl Job {
+    /// What several students could share, and what is this student's own.
+    pub(crate) fn split(self) -> (Shared, Student) {
+        let Self { student, teachers, objectives, data, optim, schedule, options, seed, place } = self;
+        (Shared { teachers, data, seed }, Student { model: student, objectives, optim, schedule, options, place })
+    }
+}
+
+/// What students that learn side by side have in common: they see the same batches in the same order, and the same teachers' outputs.
+pub struct Shared {
+    /// The networks to learn from.
+    pub teachers: Vec<Teacher>,
+    /// Images and labels.
+    pub data: Data,
+    /// Everything random follows from it.
+    pub seed: u64,
+}
+
+/// What each of several students has for itself. The fields are those of [`Job`].
+pub struct Student {
+    /// The network to train.
+    pub model: Arc<dyn Model>,
+    /// The losses; their weighted sum is minimised.
+    pub objectives: Vec<Objective>,
+    /// The optimiser.
+    pub optim: OptimConfig,
+    /// Epochs and learning rate.
+    pub schedule: Schedule,
+    /// Checkpoints, evaluations, checks.
+    pub options: RunOptions,
     /// The run directory; `None` writes nothing.
     pub place: Option<RunPlace>,
 }
@@ -104,13 +138,16 @@ pub enum Outcome {
 }
 
 /// What a resume must find unchanged.
-pub(crate) fn fingerprints(job: &Job) -> Result<StringMap> {
-    let mut all = StringMap::from([("data".to_string(), job.data.fingerprint.clone())]);
-    all.insert("student's start".to_string(), fingerprint(job.student.as_ref())?);
-    for teacher in &job.teachers {
-        all.insert(format!("teacher {}", teacher.name), fingerprint(teacher.model.as_ref())?);
+pub(crate) fn fingerprints(shared: &Shared, students: &[&Student]) -> Result<Vec<StringMap>> {
+    let mut common = StringMap::from([("data".to_string(), shared.data.fingerprint.clone())]);
+    for teacher in &shared.teachers {
+        common.insert(format!("teacher {}", teacher.name), fingerprint(teacher.model.as_ref())?);
     }
-    Ok(all)
+    let own = |student: &&Student| {
+        let start = ("student's start".to_string(), fingerprint(student.model.as_ref())?);
+        Ok(common.clone().into_iter().chain([start]).collect())
+    };
+    students.iter().map(own).collect()
 }
 
 /// The methods' names, numbered where one appears again.

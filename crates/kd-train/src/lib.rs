@@ -1,7 +1,7 @@
 //! The training loop of the kd knowledge-distillation toolkit: optimisers, durable checkpoints, exact resume, run directories, events.
 //!
 //! [`train`] runs a [`Job`], whether it trains a teacher, a baseline or a student with any method: the loop knows only the traits of
-//! [`kd_core`]. It tells what happens through [`Event`]s, prints nothing, and keeps everything in a [run directory](run_dir) that may be
+//! [`kd_core`]. [`train_all`] runs several students side by side, on one pass over the data and one through the teachers. It tells what happens through [`Event`]s, prints nothing, and keeps everything in a [run directory](run_dir) that may be
 //! killed at any moment and goes on, on the CPU bit for bit.
 //!
 //! ```
@@ -80,16 +80,17 @@ pub mod trainer;
 mod checks;
 mod error;
 mod job;
+mod learner;
 mod parts;
 mod state;
 
-pub use config::{Config, LossConfig, RunOptions};
+pub use config::{Config, LossConfig, RunOptions, Runs};
 pub use error::{Error, Result};
 pub use evaluate::{Evaluation, class_means, evaluate};
 pub use events::{Event, Sink, Split, StepReport, Subject};
-pub use job::{Data, Job, Objective, Outcome, Teacher};
+pub use job::{Data, Job, Objective, Outcome, Shared, Student, Teacher};
 pub use optim::{OptimConfig, OptimKind};
 pub use parts::{StringMap, fingerprint, tensors};
 pub use run_dir::RunPlace;
 pub use state::{EpochRecord, Exported, RunResult};
-pub use trainer::train;
+pub use trainer::{train, train_all};

@@ -16,5 +16,7 @@ mod optim;
 mod resume;
 #[path = "main/support.rs"]
 mod support;
+#[path = "main/together.rs"]
+mod together;
 #[path = "main/trajectory.rs"]
 mod trajectory;

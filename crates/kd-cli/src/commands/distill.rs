@@ -11,10 +11,10 @@ use kd_core::{Model, Rng};
 use kd_data::Splits;
 use kd_nn::Network;
 use kd_train::config::{TeacherConfig, TrainConfig};
-use kd_train::{Config, Job, LossConfig, Outcome, RunPlace, RunResult, Teacher};
+use kd_train::{Config, Outcome, RunPlace, RunResult, Runs, Shared, Sink, Student, Teacher};
 
 use crate::commands::init::QUICKSTART;
-use crate::terminal::Progress;
+use crate::terminal::Board;
 use crate::{Interrupted, RunFailed, assemble, output};
 
 /// Trains a student from a teacher and compares it with the teacher and, where asked, with the student alone.
@@ -54,17 +54,17 @@ pub struct RunArgs {
 }
 
 impl RunArgs {
-    /// The config and the run directory of `distill`.
-    fn open(&self) -> Result<(Config, PathBuf)> {
+    /// The runs and the run directory of `distill`.
+    fn open(&self) -> Result<(Runs, PathBuf)> {
         self.place(|set| match &self.config {
-            Some(path) => Ok(Config::load(path, set, assemble::methods())?),
-            None => Ok(Config::parse(QUICKSTART, "the quickstart", set, assemble::methods())?),
+            Some(path) => Ok(Runs::load(path, set, assemble::methods())?),
+            None => Ok(Runs::parse(QUICKSTART, "the quickstart", set, assemble::methods())?),
         })
     }
 
     /// The config and the run directory of `train`, for `model` on `data` where they are given.
     pub(crate) fn open_for(&self, model: Option<&str>, data: Option<&str>) -> Result<(Config, PathBuf)> {
-        self.place(|set| {
+        let (mut runs, dir) = self.place(|set| {
             let methods = assemble::methods();
             let mut set = set.to_vec();
             set.extend(data.map(|d| format!("data.source={d:?}")));
@@ -76,30 +76,35 @@ impl RunArgs {
                 (None, Some(model)) => Config::parse(&format!("[student]\nmodel = {model:?}\n"), "--model", &set, methods)?,
                 (None, None) => bail!("either --config or --model says what to train"),
             };
-            Ok(crate::commands::train::on_labels(&config))
-        })
+            let config = crate::commands::train::on_labels(&config);
+            Ok(Runs { name: config.name.clone(), side_by_side: false, configs: vec![config] })
+        })?;
+        match (runs.configs.pop(), runs.side_by_side) {
+            (Some(config), false) => Ok((config, dir)),
+            _ => bail!("{} holds several runs; `kd-cli distill --resume` goes on with them", dir.display()),
+        }
     }
 
-    /// The config that is resumed, or the one that `read` gives with its directory.
-    fn place(&self, read: impl FnOnce(&[String]) -> Result<Config>) -> Result<(Config, PathBuf)> {
+    /// The runs that are resumed, or those that `read` gives with their directory.
+    fn place(&self, read: impl FnOnce(&[String]) -> Result<Runs>) -> Result<(Runs, PathBuf)> {
         if let Some(dir) = &self.resume {
             let path = dir.join("config.toml");
             if !path.exists() {
                 bail!("--resume {}: there is no config.toml, so no run to go on with", dir.display());
             }
-            return Ok((Config::load(&path, &[], assemble::methods())?, dir.clone()));
+            return Ok((Runs::load(&path, &[], assemble::methods())?, dir.clone()));
         }
-        let mut config = read(&self.set)?;
+        let mut runs = read(&self.set)?;
         // What the run directory keeps has every default written out.
-        config.data.augment = Some(assemble::augmentation(&config.data));
+        runs.configs.iter_mut().for_each(|config| config.data.augment = Some(assemble::augmentation(&config.data)));
         let dir = match &self.out {
             Some(dir) if dir.join("config.toml").exists() => {
                 bail!("{} holds a run already; --resume {} goes on with it", dir.display(), dir.display())
             }
             Some(dir) => dir.clone(),
-            None => vacant(&Path::new("runs").join(&config.name)),
+            None => vacant(&Path::new("runs").join(&runs.name)),
         };
-        Ok((config, dir))
+        Ok((runs, dir))
     }
 }
 
@@ -120,67 +125,94 @@ struct Row {
     model: String,
     parameters: usize,
     macs: u64,
+    /// NaN (null) for a run that failed.
     top1: f64,
     best_top1: Option<f64>,
     images: usize,
+    #[serde(skip_serializing_if = "Option::is_none")]
+    error: Option<String>,
 }
 
 /// Runs the command.
 pub fn run(args: &Distill) -> Result<()> {
-    let (config, dir) = args.run.open()?;
-    if config.teacher.is_empty() && config.baseline {
+    let (runs, dir) = args.run.open()?;
+    if runs.side_by_side && runs.configs.len() == 2 && runs.configs[0].teacher.is_empty() && runs.configs[0].name == "baseline" {
         bail!("baseline = true compares with the student alone, but without a [teacher] that is all this run trains");
     }
     let stop = crate::commands::train::stop_flag()?;
-    assemble::in_pool(config.threads, || distill(&config, &dir, &args.run, &stop))?
+    assemble::in_pool(runs.configs[0].threads, || distill(&runs, &dir, &args.run, &stop))?
 }
 
-fn distill(config: &Config, dir: &Path, args: &RunArgs, stop: &AtomicBool) -> Result<()> {
+fn distill(runs: &Runs, dir: &Path, args: &RunArgs, stop: &AtomicBool) -> Result<()> {
+    let config = &runs.configs[0];
     let session = Session { config, args, stop, device: assemble::device(&config.device)?, precision: assemble::precision(config)? };
     let splits = assemble::splits(&config.data, config.data.train_limit, config.seed)?;
     splits.notes.iter().for_each(|note| output::message(&format!("note: {note}")));
     // Every name is looked up before the first network trains.
-    session.check(&splits)?;
-    let several = config.baseline || config.teacher.iter().any(|t| t.train.is_some());
+    session.check(runs, &splits)?;
+    // One of several runs, gone on with alone: the teachers that were trained for it lie beside it.
+    let one_of_several = args.resume.is_some() && dir.join("run.json").exists();
+    let several = !one_of_several && (runs.side_by_side || config.teacher.iter().any(|t| t.train.is_some()));
     // Held to the end: two processes that train the parts of one run would mix them up.
-    let _lock = if several { Some(session.claim(dir)?) } else { None };
-    let part = |name: &str| if several { dir.join(name) } else { dir.to_path_buf() };
-    let mut rows = vec![];
+    let _lock = if several { Some(session.claim(runs, dir)?) } else { None };
+    let home = if one_of_several { dir.join("..") } else { dir.to_path_buf() };
 
     let mut teachers = vec![];
     for (i, teacher) in config.teacher.iter().enumerate() {
-        let place = part(&if config.teacher.len() > 1 { format!("teacher-{}", i + 1) } else { "teacher".to_string() });
-        let (network, result) = session.teacher(teacher, &splits, &place)?;
+        let place = home.join(if config.teacher.len() > 1 { format!("teacher-{}", i + 1) } else { "teacher".to_string() });
+        let (network, result) = match &teacher.train {
+            Some(_) if one_of_several => {
+                let weights = place.join("student.safetensors").display().to_string();
+                let trained = TeacherConfig { weights: Some(weights), train: None, ..teacher.clone() };
+                session.teacher(&trained, &splits, &place)?
+            }
+            _ => session.teacher(teacher, &splits, &place)?,
+        };
         teachers.push((teacher, network, result));
     }
-    let alone = if config.baseline {
-        let baseline = Config { teacher: vec![], loss: vec![LossConfig::new("ce")], baseline: false, ..config.clone() };
-        Some(session.student("baseline", &baseline, &splits, &[], &part("baseline"))?)
-    } else {
-        None
-    };
     let built: Vec<Teacher> =
         teachers.iter().map(|(t, network, _)| Teacher { name: t.name.clone(), model: Arc::clone(network) as Arc<dyn Model> }).collect();
-    let student_config = if several { Config { baseline: false, ..config.clone() } } else { config.clone() };
-    let (student, result) = session.student("student", &student_config, &splits, &built, &part("student"))?;
+    let place = |config: &Config| match (several, runs.side_by_side) {
+        (false, _) => dir.to_path_buf(),
+        (true, false) => dir.join("student"),
+        (true, true) => dir.join(&config.name),
+    };
+    let title = |name| if runs.side_by_side { name } else { "student" };
+    let students = runs.configs.iter().map(|c| (title(c.name.as_str()), c, place(c))).collect();
+    let learned = session.students(students, &splits, &built)?;
 
+    let mut rows = vec![];
+    let finished = || learned.iter().filter_map(|l| l.result.as_ref().ok());
     for (i, (teacher, network, own)) in teachers.iter().enumerate() {
         let label = if teachers.len() > 1 { format!("teacher {}", teacher.name) } else { "teacher".to_string() };
         let images = own.as_ref().map_or(0, |(_, n)| *n);
-        if let Some(evaluation) = own.as_ref().and_then(|(r, _)| r.test).or(result.teachers.get(i).copied()) {
+        if let Some(evaluation) = own.as_ref().and_then(|(r, _)| r.test).or(finished().find_map(|r| r.teachers.get(i).copied())) {
             rows.push(row(&label, network, evaluation.top1, own.as_ref().and_then(|(r, _)| r.best.map(|b| b.evaluation.top1)), images)?);
         }
     }
     let trained_on = splits.train()?.len();
-    let of =
-        |r: &RunResult| (r.test.or(r.history.last().map(|h| h.evaluation)).map_or(f64::NAN, |e| e.top1), r.best.map(|b| b.evaluation.top1));
-    if let Some((network, r)) = &alone {
-        let (top1, best) = of(r);
-        rows.push(row("student alone", network, top1, best, trained_on)?);
+    let pair = runs.side_by_side && runs.configs.iter().map(|c| c.name.as_str()).eq(["baseline", "student"]);
+    let first = rows.len();
+    for (config, Learned { network, result }) in runs.configs.iter().zip(&learned) {
+        let label = match config.name.as_str() {
+            "baseline" if runs.side_by_side => "student alone",
+            name if runs.side_by_side && !pair => name,
+            _ if built.is_empty() => "student",
+            _ => "student distilled",
+        };
+        let (top1, best) = result.as_ref().map_or((f64::NAN, None), |r| {
+            (r.test.or(r.history.last().map(|h| h.evaluation)).map_or(f64::NAN, |e| e.top1), r.best.map(|b| b.evaluation.top1))
+        });
+        let error = result.as_ref().err().map(ToString::to_string);
+        rows.push(Row { error, ..row(label, network, top1, best, trained_on)? });
     }
-    let (top1, best) = of(&result);
-    rows.push(row(if built.is_empty() { "student" } else { "student distilled" }, &student, top1, best, trained_on)?);
-    session.table(&rows, alone.as_ref().map(|(_, r)| of(r).0), top1, splits.test().map_or(0, kd_data::Dataset::len), dir)
+    session.table(&rows, first, splits.test().map_or(0, kd_data::Dataset::len), dir)?;
+    let failed: Vec<String> = rows.iter().filter_map(|r| Some(format!("{}: {}", r.network, r.error.as_ref()?))).collect();
+    if failed.is_empty() {
+        return Ok(());
+    }
+    let summary = format!("{} of {} runs failed; {}", failed.len(), learned.len(), failed.join("; "));
+    Err(anyhow::Error::new(RunFailed).context(summary))
 }
 
 fn row(label: &str, network: &Network, top1: f64, best: Option<f64>, images: usize) -> Result<Row> {
@@ -193,11 +225,18 @@ fn row(label: &str, network: &Network, top1: f64, best: Option<f64>, images: usi
         top1,
         best_top1: best,
         images,
+        error: None,
     })
 }
 
 /// How a teacher's training ended, and the number of images it saw.
 type Trained = (RunResult, usize);
+
+/// A student after its run.
+struct Learned {
+    network: Arc<Network>,
+    result: kd_train::Result<RunResult>,
+}
 
 /// What all runs of one command share.
 pub(crate) struct Session<'a> {
@@ -210,9 +249,8 @@ pub(crate) struct Session<'a> {
 
 impl Session<'_> {
     /// Refuses, before anything is written, what would fail later: unknown models, files that are not there, class counts that differ.
-    fn check(&self, splits: &Splits) -> Result<()> {
+    fn check(&self, runs: &Runs, splits: &Splits) -> Result<()> {
         splits.train()?;
-        kd_models::find(&self.config.student.model)?;
         if self.config.teacher.len() > 1 || self.config.teacher.iter().any(|t| t.weight != 1.0) {
             bail!("several teachers, or one with a weight other than 1: no method here combines teachers yet");
         }
@@ -224,23 +262,26 @@ impl Session<'_> {
                 bail!("teacher {}: there is no weight file {path}", teacher.name);
             }
         }
-        if let Some(path) = &self.config.student.weights
-            && !Path::new(path).is_file()
-        {
-            bail!("student: there is no weight file {path}");
+        for config in &runs.configs {
+            kd_models::find(&config.student.model)?;
+            if let Some(path) = &config.student.weights
+                && !Path::new(path).is_file()
+            {
+                bail!("student: there is no weight file {path}");
+            }
         }
         Ok(())
     }
 
     /// Writes the whole config into the directory of a run of several networks, so that it can be resumed as a whole.
-    fn claim(&self, dir: &Path) -> Result<File> {
+    fn claim(&self, runs: &Runs, dir: &Path) -> Result<File> {
         std::fs::create_dir_all(dir).with_context(|| format!("cannot make {}", dir.display()))?;
         let path = dir.join("lock");
         let lock = File::options().create(true).append(true).open(&path).with_context(|| format!("cannot open {}", path.display()))?;
         if lock.try_lock().is_err() {
             bail!("{} is in use by another process; wait for it to end, or choose another directory with --out", dir.display());
         }
-        let (path, text) = (dir.join("config.toml"), self.config.to_toml()?);
+        let (path, text) = (dir.join("config.toml"), runs.to_toml()?);
         match std::fs::read_to_string(&path) {
             Ok(recorded) if recorded == text => {}
             Ok(_) => bail!("{} holds a run with another configuration; choose another directory with --out", dir.display()),
@@ -284,7 +325,7 @@ impl Session<'_> {
         Ok((network, Some((result, own.train()?.len()))))
     }
 
-    /// Trains `config.student` in `place`: the one way that teachers, baselines and students take.
+    /// Trains `config.student` in `place`.
     pub(crate) fn student(
         &self,
         title: &str,
@@ -293,53 +334,78 @@ impl Session<'_> {
         teachers: &[Teacher],
         place: &Path,
     ) -> Result<(Arc<Network>, RunResult)> {
-        let shape = assemble::input(config, splits)?;
-        let classes = splits.info.class_names.len();
-        let model = &config.student.model;
-        let network = match &config.student.weights {
-            Some(path) => {
-                let file = kd_weights::read(Path::new(path))?;
-                assemble::network_from(model, Some(classes), &file, shape, DType::F32, &self.device)
-                    .with_context(|| format!("student, weights {path}"))?
-            }
-            None => {
-                let network = assemble::network(model, Some(classes), shape, DType::F32, &self.device)?;
-                // Keyed by the seed and each parameter's name: a baseline and a distilled student begin alike.
-                network.init(Rng::new(config.seed).named("init"))?;
-                network
-            }
-        };
-        let network = Arc::new(network.with_precision(self.precision));
-        let objectives = assemble::objectives(&config.loss)?;
-        let views = objectives.iter().map(|o| o.method.needs().views).max().unwrap_or(1);
-        let job = Job {
-            student: Arc::clone(&network) as Arc<dyn Model>,
-            teachers: teachers.iter().map(|t| Teacher { name: t.name.clone(), model: Arc::clone(&t.model) }).collect(),
-            objectives,
-            data: assemble::data(config, splits, views, &self.device)?,
-            optim: config.optim.clone(),
-            schedule: config.schedule.clone(),
-            options: config.run.clone(),
-            seed: config.seed,
-            place: Some(RunPlace {
-                command: std::env::args_os().map(|a| a.to_string_lossy().into_owned()).collect(),
-                metadata: assemble::metadata(model, shape, splits)?,
-                ..RunPlace::new(place, config.to_toml()?)
-            }),
-        };
-        let mut progress = Progress::new(title, self.args.quiet);
-        match kd_train::train(job, &mut [&mut progress], self.stop) {
-            Ok(Outcome::Finished(result)) => Ok((network, *result)),
-            Ok(Outcome::Interrupted { epoch, step }) => {
-                let at = format!("{title} stopped in epoch {}, after step {step}; everything up to there is saved", epoch + 1);
-                Err(anyhow::Error::new(Interrupted).context(at))
-            }
-            Err(e) if e.is_usage() => Err(e.into()),
-            Err(e) => Err(anyhow::Error::new(RunFailed).context(e.to_string())),
-        }
+        let mut learned = self.students(vec![(title, config, place.to_path_buf())], splits, teachers)?;
+        let Learned { network, result } = learned.pop().context("invariant: one student, one result")?;
+        Ok((network, result?))
     }
 
-    fn table(&self, rows: &[Row], alone: Option<f64>, distilled: f64, test: usize, dir: &Path) -> Result<()> {
+    /// Trains the students of several configs side by side, each under its title in its place: the one way that teachers, baselines and
+    /// students take. One alone that fails is an error; of several, the others are of use.
+    fn students(&self, runs: Vec<(&str, &Config, PathBuf)>, splits: &Splits, teachers: &[Teacher]) -> Result<Vec<Learned>> {
+        let shared = runs.first().context("invariant: at least one run")?.1;
+        let shape = assemble::input(shared, splits)?;
+        let mut board = Board::new(runs.iter().map(|r| r.0), self.args.quiet);
+        let (mut networks, mut students, mut views) = (vec![], vec![], 1);
+        for ((_, config, place), progress) in runs.iter().zip(board.each()) {
+            let network = Arc::new(self.network(config, splits, shape)?.with_precision(self.precision));
+            let objectives = assemble::objectives(&config.loss)?;
+            views = objectives.iter().map(|o| o.method.needs().views).fold(views, usize::max);
+            let student = Student {
+                model: Arc::clone(&network) as Arc<dyn Model>,
+                objectives,
+                optim: config.optim.clone(),
+                schedule: config.schedule.clone(),
+                options: config.run.clone(),
+                place: Some(RunPlace {
+                    command: std::env::args_os().map(|a| a.to_string_lossy().into_owned()).collect(),
+                    metadata: assemble::metadata(&config.student.model, shape, splits)?,
+                    ..RunPlace::new(place, config.to_toml()?)
+                }),
+            };
+            networks.push(network);
+            students.push((student, progress as &mut dyn Sink));
+        }
+        let teachers = teachers.iter().map(|t| Teacher { name: t.name.clone(), model: Arc::clone(&t.model) }).collect();
+        let data = assemble::data(shared, splits, views, &self.device)?;
+        let failed = |e: kd_train::Error| match e.is_usage() {
+            true => e.into(),
+            false => anyhow::Error::new(RunFailed).context(e.to_string()),
+        };
+        let outcomes = kd_train::train_all(Shared { teachers, data, seed: shared.seed }, students, self.stop).map_err(failed)?;
+        let several = runs.len() > 1;
+        let mut learned = vec![];
+        for (((title, ..), network), outcome) in runs.iter().zip(networks).zip(outcomes) {
+            let result = match outcome {
+                Ok(Outcome::Finished(result)) => Ok(*result),
+                Ok(Outcome::Interrupted { epoch, step }) => {
+                    let at = format!("{title} stopped in epoch {}, after step {step}; everything up to there is saved", epoch + 1);
+                    return Err(anyhow::Error::new(Interrupted).context(at));
+                }
+                Err(e) if several => Err(e),
+                Err(e) => return Err(failed(e)),
+            };
+            learned.push(Learned { network, result });
+        }
+        Ok(learned)
+    }
+
+    /// The network of a config as it starts.
+    fn network(&self, config: &Config, splits: &Splits, shape: [usize; 3]) -> Result<Network> {
+        let classes = splits.info.class_names.len();
+        let model = &config.student.model;
+        if let Some(path) = &config.student.weights {
+            let file = kd_weights::read(Path::new(path))?;
+            return assemble::network_from(model, Some(classes), &file, shape, DType::F32, &self.device)
+                .with_context(|| format!("student, weights {path}"));
+        }
+        let network = assemble::network(model, Some(classes), shape, DType::F32, &self.device)?;
+        // Keyed by the seed and each parameter's name: a baseline and a distilled student begin alike.
+        network.init(Rng::new(config.seed).named("init"))?;
+        Ok(network)
+    }
+
+    /// The networks, the students from row `first` on.
+    fn table(&self, rows: &[Row], first: usize, test: usize, dir: &Path) -> Result<()> {
         if self.args.json {
             return output::json(&serde_json::json!({"run": dir.display().to_string(), "rows": rows}));
         }
@@ -352,7 +418,7 @@ impl Session<'_> {
                     output::thousands(r.parameters as u64),
                     format!("{:.2} M", r.macs as f64 / 1e6),
                     if r.images > 0 { output::thousands(r.images as u64) } else { "-".to_string() },
-                    format!("{:.2} %", r.top1),
+                    if r.error.is_some() { "failed".to_string() } else { format!("{:.2} %", r.top1) },
                     r.best_top1.map_or("-".to_string(), |b| format!("{b:.2} %")),
                 ]
             })
@@ -362,9 +428,12 @@ impl Session<'_> {
             &[false, false, true, true, true, true, true],
             &cells,
         )?;
-        if let Some(alone) = alone {
+        if let Some(alone) = rows.iter().find(|r| r.network == "student alone" && r.error.is_none()) {
             output::line("")?;
-            output::line(&verdict(alone, distilled, test))?;
+            for row in rows[first..].iter().filter(|r| r.network != alone.network && r.error.is_none()) {
+                let name = if row.network == "student distilled" { "distillation" } else { row.network.as_str() };
+                output::line(&format!("{name}: {}", verdict(alone.top1, row.top1, test)))?;
+            }
         }
         output::line(&format!("run directory: {}", dir.display()))
     }
@@ -377,6 +446,6 @@ fn verdict(alone: f64, distilled: f64, test: usize) -> String {
     let gain = distilled - alone;
     let weight = if gain.abs() > 2.0 * error { "more than" } else { "within" };
     format!(
-        "distillation: {gain:+.2} points over the student alone, {weight} twice the sampling error of {test} test images ({error:.2}); one seed of many"
+        "{gain:+.2} points over the student alone, {weight} twice the sampling error of {test} test images ({error:.2}); one seed of many"
     )
 }

@@ -447,11 +447,13 @@ impl Compiler<'_> {
     fn norm(&mut self, id: NodeId, x: NodeId, norm: &BatchNorm) {
         let batch = self.source.batch;
         let mut only_reader = false;
+        // Folded weights round otherwise. A cut's bits, and those of everything behind it, must not depend on whether somebody wants it.
+        let named = self.source.graph.cuts().iter().any(|c| c.1 == x);
         if let Some(Step { kind: Kind::Conv(conv), .. }) = self.absorber(x) {
             if batch {
                 conv.moments = true;
                 only_reader = true;
-            } else if conv.fold.is_none() && conv.residual.is_none() && conv.activation == Activation::None {
+            } else if !named && conv.fold.is_none() && conv.residual.is_none() && conv.activation == Activation::None {
                 conv.fold = Some(norm.clone());
                 return self.rename(x, id);
             }

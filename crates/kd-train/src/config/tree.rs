@@ -92,6 +92,64 @@ impl Node {
         }
     }
 
+    /// Takes the list at `key` out of a section; `None`, and nothing happens, when there is none.
+    pub(super) fn take_list(&mut self, key: &str) -> Option<Vec<Self>> {
+        let Value::Table(entries) = &mut self.value else { return None };
+        match entries.get(key)?.value {
+            Value::List(_) => match entries.remove(key)?.value {
+                Value::List(items) => Some(items),
+                _ => None,
+            },
+            _ => None,
+        }
+    }
+
+    /// Gives the entry `from` of a section the key `to`, which must be free.
+    pub(super) fn rename(&mut self, from: &str, to: &str) -> Result<()> {
+        if let Value::Table(entries) = &mut self.value
+            && let Some(node) = entries.remove(from)
+        {
+            if entries.contains_key(to) {
+                let message = format!("`{from}` and `{to}` are two names of the same section");
+                return Err(Error::Config { at: node.at, message, hint: None });
+            }
+            entries.insert(to.to_string(), node);
+        }
+        Ok(())
+    }
+
+    /// The keys of a section.
+    pub(super) fn keys(&self) -> impl Iterator<Item = &str> {
+        let entries = if let Value::Table(entries) = &self.value { Some(entries) } else { None };
+        entries.into_iter().flatten().map(|(key, _)| key.as_str())
+    }
+
+    /// The text at `key` of a section.
+    pub(super) fn text(&self, key: &str) -> Option<&str> {
+        match &self.value {
+            Value::Table(entries) => match &entries.get(key)?.value {
+                Value::Text(text) => Some(text),
+                _ => None,
+            },
+            _ => None,
+        }
+    }
+
+    /// Puts `over` on top: sections key by key, everything else as a whole.
+    pub(super) fn overlay(&mut self, over: Self) {
+        match (&mut self.value, over.value) {
+            (Value::Table(entries), Value::Table(new)) => {
+                for (key, node) in new {
+                    match entries.get_mut(&key) {
+                        Some(old) => old.overlay(node),
+                        None => drop(entries.insert(key, node)),
+                    }
+                }
+            }
+            (value, new) => (*value, self.at) = (new, over.at),
+        }
+    }
+
     /// Where the value at the dotted `path` was written; its nearest written parent when it stands nowhere.
     pub(super) fn place(&self, path: &str) -> &str {
         let mut node = self;

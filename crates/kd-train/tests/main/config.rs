@@ -2,7 +2,7 @@
 
 use kd_core::{Schedule, ScheduleKind};
 use kd_train::config::{DataConfig, Precision};
-use kd_train::{Config, LossConfig, OptimConfig, OptimKind, RunOptions};
+use kd_train::{Config, LossConfig, OptimConfig, OptimKind, RunOptions, Runs};
 
 fn parse(text: &str, overrides: &[&str]) -> kd_train::Result<Config> {
     let overrides: Vec<String> = overrides.iter().map(|s| s.to_string()).collect();
@@ -198,6 +198,78 @@ fn mistakes_are_refused_with_their_place_and_a_hint() {
         for word in *words {
             assert!(message.contains(word), "{text:?} {overrides:?}: no {word:?} in {message}");
         }
+    }
+}
+
+fn parse_runs(text: &str, overrides: &[&str]) -> kd_train::Result<Runs> {
+    let overrides: Vec<String> = overrides.iter().map(|s| s.to_string()).collect();
+    Runs::parse(text, "runs.toml", &overrides, kd_losses::registry())
+}
+
+#[test]
+fn several_runs_differ_where_they_say_so() {
+    let text = r#"
+        seed = 3
+        baseline = true
+        [teacher]
+        model = "resnet56"
+        weights = "t.pth"
+        [student]
+        model = "resnet20"
+        [optim]
+        lr = 0.1
+        momentum = 0.5
+        [[loss]]
+        method = "kd"
+        [options]
+        checkpoint_every = 7
+        [[run]]
+        name = "kd"
+        [[run]]
+        name = "dkd+small"
+        student.model = "resnet8"
+        optim.lr = 0.2
+        run.eval_every = 2
+        [[run.loss]]
+        method = "dkd"
+        beta = 2.0
+        [run.schedule]
+        epochs = 9
+    "#;
+    let runs = parse_runs(text, &["run.0.optim.lr=0.3", "optim.nesterov=true"]).unwrap();
+    assert!(runs.side_by_side);
+    assert_eq!(runs.configs.iter().map(|c| c.name.as_str()).collect::<Vec<_>>(), ["baseline", "kd", "dkd+small"]);
+    let [baseline, kd, dkd] = &runs.configs[..] else { panic!("{runs:?}") };
+    let of = |c: &Config| (c.seed, c.optim.lr, c.optim.momentum, c.optim.nesterov, c.run.checkpoint_every, c.teacher.len());
+    assert_eq!(of(kd), (3, 0.3, 0.5, true, 7, 1));
+    assert_eq!(of(dkd), (3, 0.2, 0.5, true, 7, 1));
+    assert_eq!((dkd.student.model.as_str(), dkd.schedule.epochs, dkd.run.eval_every), ("resnet8", 9, 2));
+    assert_eq!((dkd.loss.len(), dkd.loss[0].params["beta"].as_f64()), (1, Some(2.0)));
+    assert_eq!((baseline.loss.as_slice(), baseline.optim.lr, baseline.baseline), (&[LossConfig::new("ce")][..], 0.3, false));
+    // Each is a config of its own, and all of them a file again.
+    for config in &runs.configs {
+        assert_eq!(parse(&config.to_toml().unwrap(), &[]).unwrap(), *config);
+    }
+    let written = runs.to_toml().unwrap();
+    assert_eq!(parse_runs(&written, &[]).unwrap(), runs, "{written}");
+
+    let one = parse_runs(WHOLE, &[]).unwrap();
+    assert_eq!((one.side_by_side, one.configs.as_slice()), (false, &[parse(WHOLE, &[]).unwrap()][..]));
+    let pair = parse_runs(WHOLE, &["baseline=true"]).unwrap();
+    assert_eq!(pair.configs.iter().map(|c| c.name.as_str()).collect::<Vec<_>>(), ["baseline", "student"]);
+    assert_eq!(parse_runs(&pair.to_toml().unwrap(), &[]).unwrap(), pair);
+
+    for (text, at, word) in [
+        ("[[run]]\nname = \"a\"\nstudent.model = \"resnet8\"\n[run.optim]\nlr = -1", "runs.toml:5: ", "`optim.lr` is -1"),
+        ("student.model = \"resnet8\"\n[[run]]\nname = \"a\"\n[[run]]\nname = \"a\"", "runs.toml:5: ", "another name than any other run"),
+        ("student.model = \"resnet8\"\n[[run]]\nname = \".a\"", "runs.toml:3: ", "a folder's name"),
+        ("student.model = \"resnet8\"\n[[run]]\nname = \"a\"\nseed = 3", "runs.toml:4: ", "cannot differ"),
+        ("student.model = \"resnet8\"\nrun = []", "runs.toml", "at least one"),
+        ("[[run]]\nname = \"a\"", "runs.toml", "`student`"),
+        ("[[run]]\nname = \"a\"\nrun.eval_every = 1\noptions.eval_every = 1", "runs.toml:4: ", "two names"),
+    ] {
+        let error = parse_runs(text, &[]).unwrap_err().to_string();
+        assert!(error.starts_with(at) && error.contains(word), "{text:?}: {error}");
     }
 }
 
