@@ -55,7 +55,8 @@ pub fn objectives(losses: &[LossConfig]) -> Result<Vec<Objective>> {
         .iter()
         .map(|l| {
             let method = (method(&l.method)?.build)(&serde_json::Value::Object(l.params.clone()))?;
-            Ok(Objective { method, weight: l.weight, warmup_epochs: l.warmup_epochs, warmup_first_epoch: l.warmup_first_epoch })
+            let LossConfig { ref teacher, weight, warmup_epochs, warmup_first_epoch, .. } = *l;
+            Ok(Objective { method, teacher: teacher.clone(), weight, warmup_epochs, warmup_first_epoch })
         })
         .collect()
 }

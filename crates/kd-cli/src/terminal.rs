@@ -39,6 +39,8 @@ pub struct Progress {
     quiet: bool,
     bar: ProgressBar,
     epochs: usize,
+    /// Initial phases with their epochs.
+    phases: Vec<(String, usize)>,
     steps_per_epoch: usize,
     epoch: Epoch,
     /// Steps this process has made, and since when, for the time that is left.
@@ -51,12 +53,15 @@ pub struct Progress {
 #[derive(Default)]
 struct Epoch {
     number: usize,
+    phase: Option<String>,
     lr: f64,
     loss: Mean,
     terms: Vec<(String, Mean)>,
     images: usize,
     seconds: f64,
     line: Option<String>,
+    /// Steps made at its end.
+    done: usize,
 }
 
 impl Progress {
@@ -67,6 +72,7 @@ impl Progress {
             quiet,
             bar,
             epochs: 0,
+            phases: vec![],
             steps_per_epoch: 0,
             epoch: Epoch::default(),
             begun: None,
@@ -124,7 +130,7 @@ impl Progress {
     /// Prints the epoch that has ended, once its evaluation is known or the next one begins.
     fn flush(&mut self) {
         if let Some(line) = self.epoch.line.take() {
-            let done = (self.epoch.number + 1) * self.steps_per_epoch;
+            let done = self.epoch.done;
             let left = if done < self.total_steps { self.left(done) } else { String::new() };
             self.say(&format!("{line}{left}"));
         }
@@ -134,11 +140,14 @@ impl Progress {
         let e = &self.epoch;
         let terms: Vec<String> = e.terms.iter().map(|(n, m)| format!("{n} {:.4}", m.get())).collect();
         let terms = if terms.len() > 1 { format!(" ({})", terms.join(", ")) } else { String::new() };
+        let (phase, epochs) = match &e.phase {
+            Some(name) => (format!(" {name}"), self.phases.iter().find(|p| p.0 == *name).map_or(0, |p| p.1)),
+            None => (String::new(), self.epochs),
+        };
         format!(
-            "{} epoch {:>3}/{}  lr {:<8.6} loss {:.4}{terms}  {:.0} img/s",
+            "{}{phase} epoch {:>3}/{epochs}  lr {:<8.6} loss {:.4}{terms}  {:.0} img/s",
             self.title,
             e.number + 1,
-            self.epochs,
             e.lr,
             e.loss.get(),
             rate(e)
@@ -149,8 +158,10 @@ impl Progress {
 impl Sink for Progress {
     fn event(&mut self, event: &Event) -> Result<()> {
         match event {
-            Event::Started { epochs, steps_per_epoch, samples, epoch, step } => {
-                (self.epochs, self.steps_per_epoch, self.total_steps) = (*epochs, *steps_per_epoch, epochs * steps_per_epoch);
+            Event::Started { epochs, phases, steps_per_epoch, samples, epoch, step } => {
+                let all = epochs + phases.iter().map(|p| p.1).sum::<usize>();
+                (self.epochs, self.steps_per_epoch, self.total_steps) = (*epochs, *steps_per_epoch, all * steps_per_epoch);
+                self.phases.clone_from(phases);
                 self.bar.set_length(self.total_steps as u64);
                 self.bar.set_position(*step as u64);
                 if let Ok(style) = ProgressStyle::with_template("{prefix} {bar:30} {pos}/{len} steps  {msg}") {
@@ -158,16 +169,17 @@ impl Sink for Progress {
                 }
                 self.bar.set_prefix(self.title.clone());
                 let from = if *step > 0 { format!(", going on at epoch {}, step {step}", epoch + 1) } else { String::new() };
-                self.say(&format!("{} {samples} images, {epochs} epochs of {steps_per_epoch} steps{from}", self.title));
+                let before: String = phases.iter().map(|(name, n)| format!("{n} epochs of {name}, then ")).collect();
+                self.say(&format!("{} {samples} images, {before}{epochs} epochs of {steps_per_epoch} steps{from}", self.title));
             }
-            Event::EpochStarted { epoch, lr } => {
+            Event::EpochStarted { epoch, phase, lr } => {
                 self.flush();
-                self.epoch = Epoch { number: *epoch, lr: *lr, ..Epoch::default() };
+                self.epoch = Epoch { number: *epoch, phase: phase.clone(), lr: *lr, ..Epoch::default() };
             }
             Event::Step(s) => {
                 self.step(s);
                 if (s.step + 1) % self.steps_per_epoch.max(1) == 0 {
-                    self.epoch.line = Some(self.epoch_line());
+                    (self.epoch.line, self.epoch.done) = (Some(self.epoch_line()), s.step + 1);
                 }
             }
             Event::Evaluated { subject: Subject::Student, split, evaluation, best, .. } => {

@@ -335,6 +335,31 @@ fn runs_side_by_side_end_as_each_would_alone() {
 }
 
 #[test]
+fn several_teachers_teach_together_and_one_by_one() {
+    let dir = folder();
+    let d = dir.path();
+    let teacher = |name: &str, model: &str, weight: f64| {
+        format!(
+            "[[teacher]]\nname = {name:?}\nmodel = {model:?}\nweight = {weight}\n[teacher.train.schedule]\nkind = \"constant\"\nepochs = 1\n"
+        )
+    };
+    let (before, after) = GROUP.split_once("[teacher]").unwrap();
+    let after = after.split_once("[student]").unwrap().1.split("[[run]]").next().unwrap();
+    let teachers = teacher("small", "resnet8", 1.0) + &teacher("large", "resnet14", 3.0);
+    let losses = "[[run]]\nname = \"mean\"\n[[run]]\nname = \"one\"\n[[run.loss]]\nmethod = \"nd\"\nteacher = \"large\"\n[[run.loss]]\nmethod = \"kd\"\n";
+    std::fs::write(d.join("two.toml"), format!("{before}{teachers}[student]{after}{losses}")).unwrap();
+    let table = ok(d, &["distill", "--config", "two.toml", "--out", "two", "--quiet"]);
+    for word in ["teacher small", "teacher large", "mean ", "one "] {
+        assert!(table.contains(word), "no `{word}` in\n{table}");
+    }
+    let written = std::fs::read_to_string(d.join("two/one/config.toml")).unwrap();
+    assert!(written.contains("teacher = \"large\""), "{written}");
+    assert_eq!(ok(d, &["distill", "--resume", "two/one"]).matches("teacher").count(), 2);
+    let e = refused(d, &["distill", "--config", "two.toml", "--set", "run.1.loss.0.teacher=huge"]);
+    assert!(e.contains("no teacher `huge`"), "{e}");
+}
+
+#[test]
 fn a_killed_group_goes_on_together_or_one_by_one() {
     let dir = folder();
     let d = dir.path();

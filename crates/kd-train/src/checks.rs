@@ -4,7 +4,7 @@ use candle_core::Tensor;
 use kd_core::{Cut, ModelSpec, Needs};
 use kd_nn::Gradients;
 
-use crate::job::{Shared, Student, Teacher};
+use crate::job::{Shared, Student, Teacher, mean_will_do};
 use crate::optim::{Part, Target};
 use crate::{Error, Evaluation, Result, Split};
 
@@ -32,6 +32,12 @@ pub(crate) fn student(shared: &Shared, own: &Student) -> Result<()> {
             return refuse(format!("teacher {} has {outputs} outputs, the data {classes} classes", teacher.name));
         }
     }
+    let shares = || shared.teachers.iter().map(|t| t.weight);
+    let usable = shares().all(|w| w.is_finite() && w >= 0.0) && (shares().count() == 0 || shares().any(|w| w > 0.0));
+    if !usable {
+        let shares: Vec<String> = shares().map(|w| w.to_string()).collect();
+        return refuse(format!("weights of the teachers: {}; must be 0 or more, and one of them more than 0", shares.join(", ")));
+    }
     needs(shared, own)
 }
 
@@ -41,17 +47,24 @@ pub(crate) fn needs(shared: &Shared, own: &Student) -> Result<()> {
     let student = own.model.spec();
     for objective in &own.objectives {
         let name = objective.method.name();
-        let needs = objective.method.needs();
-        check_cuts(name, "student", student, &needs.student)?;
-        if shared.teachers.is_empty() && (!needs.teacher.is_empty() || needs.teacher_model || needs.class_means) {
-            return refuse(format!("method {name} needs a teacher, and there is none"));
-        }
-        for teacher in &shared.teachers {
-            check_cuts(name, &format!("teacher {}", teacher.name), teacher.model.spec(), &needs.teacher)?;
-        }
-        check_inputs(name, &needs, shared)?;
-        if !objective.method.phases().is_empty() {
-            return refuse(format!("method {name} trains in phases, which this version does not run"));
+        let seen = objective.sees(&shared.teachers)?.map(|t| &shared.teachers[t]);
+        for needs in objective.all_needs() {
+            check_cuts(name, "student", student, &needs.student)?;
+            if shared.teachers.is_empty() && (!needs.teacher.is_empty() || needs.teacher_model || needs.class_means) {
+                return refuse(format!("method {name} needs a teacher, and there is none"));
+            }
+            match seen {
+                Some(teacher) => check_cuts(name, &format!("teacher {}", teacher.name), teacher.model.spec(), &needs.teacher)?,
+                None if shared.teachers.is_empty() || mean_will_do(&needs) => {}
+                None => {
+                    let names: Vec<&str> = shared.teachers.iter().map(|t| t.name.as_str()).collect();
+                    return refuse(format!(
+                        "method {name} needs more than logits, so one teacher: set `teacher` to one of {}",
+                        names.join(", ")
+                    ));
+                }
+            }
+            check_inputs(name, &needs, shared)?;
         }
         if !objective.weight.is_finite() {
             return refuse(format!("method {name}: weight {}, must be finite", objective.weight));

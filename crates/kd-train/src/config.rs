@@ -8,7 +8,7 @@
 //! seed = 1
 //! [data]
 //! source = "cifar100:DIR"
-//! [teacher]                # or [[teacher]] for several
+//! [teacher]                # or [[teacher]] for several: losses then see the mean of their logits, by each one's `weight`
 //! model = "resnet56"
 //! weights = "resnet56.pth" # or a section [teacher.train] with its own optim, schedule and loss
 //! [student]
@@ -16,6 +16,7 @@
 //! [[loss]]
 //! method = "kd"
 //! weight = 0.9
+//! teacher = "resnet56"     # one of several, by name; what needs more than logits must say which
 //! temperature = 4.0        # the method's own parameters stand beside
 //! [optim]
 //! lr = 0.05
@@ -42,6 +43,7 @@ pub use self::runs::Runs;
 use self::tree::Node;
 pub use self::tree::did_you_mean;
 use crate::files::{Disk, Files};
+use crate::job::mean_will_do;
 use crate::{Error, OptimConfig, Result};
 
 /// Everything a run is made from.
@@ -153,7 +155,7 @@ pub struct TeacherConfig {
     /// Its weights; absent when it is trained first.
     #[serde(default, skip_serializing_if = "Option::is_none")]
     pub weights: Option<String>,
-    /// Its share among several teachers.
+    /// Its share in the mean of several teachers' logits; all shares are divided by their sum.
     #[serde(default = "unit")]
     pub weight: f64,
     /// How to train it first; absent when it has weights.
@@ -218,6 +220,9 @@ pub struct LossConfig {
     pub method: String,
     /// Its factor in the sum.
     pub weight: f64,
+    /// Which of several teachers it learns from, by name; absent: the only one, or the weighted mean of the logits of all.
+    #[serde(skip_serializing_if = "Option::is_none")]
+    pub teacher: Option<String>,
     /// Epochs over which the factor grows to `weight`; 0: none.
     pub warmup_epochs: usize,
     /// What the first epoch counts as in the warm-up: 1, or 0 for a first epoch without this loss.
@@ -230,14 +235,14 @@ pub struct LossConfig {
 impl LossConfig {
     /// `method` with weight 1, no warm-up and its own defaults.
     pub fn new(method: &str) -> Self {
-        Self { method: method.to_string(), weight: 1.0, warmup_epochs: 0, warmup_first_epoch: 1, params: Map::new() }
+        Self { method: method.to_string(), weight: 1.0, teacher: None, warmup_epochs: 0, warmup_first_epoch: 1, params: Map::new() }
     }
 }
 
 /// More threads than any machine has cores; a slip of the finger asks for more.
 const MOST_THREADS: usize = 1024;
 
-const LOSS_KEYS: [&str; 4] = ["method", "weight", "warmup_epochs", "warmup_first_epoch"];
+const LOSS_KEYS: [&str; 5] = ["method", "weight", "teacher", "warmup_epochs", "warmup_first_epoch"];
 
 // By hand: serde's flatten would forget where the values were written.
 impl<'de> Deserialize<'de> for LossConfig {
@@ -256,6 +261,7 @@ impl<'de> Deserialize<'de> for LossConfig {
                     match key.as_str() {
                         "method" => loss.method = map.next_value()?,
                         "weight" => loss.weight = map.next_value()?,
+                        "teacher" => loss.teacher = map.next_value()?,
                         "warmup_epochs" => loss.warmup_epochs = map.next_value()?,
                         "warmup_first_epoch" => loss.warmup_first_epoch = map.next_value()?,
                         _ => {
@@ -362,8 +368,7 @@ impl Check<'_> {
         self.require("data.batch_size", data.batch_size >= 1, data.batch_size, "at least 1")?;
         self.require("data.label_noise", (0.0..=1.0).contains(&data.label_noise), data.label_noise, "from 0 to 1")?;
         self.require("data.validation", (0.0..1.0).contains(&data.validation), data.validation, "at least 0 and less than 1")?;
-        let teachers = config.teacher.len();
-        for i in 0..teachers {
+        for i in 0..config.teacher.len() {
             let names = &config.teacher[..i];
             let teacher = &config.teacher[i];
             let path = format!("teacher.{i}");
@@ -379,20 +384,30 @@ impl Check<'_> {
                 return Err(self.tree.error(&path, message, None));
             }
         }
+        if !config.teacher.is_empty() && config.teacher.iter().all(|t| t.weight == 0.0) {
+            return Err(self.tree.error("teacher", "every teacher has weight 0, one must have more", None));
+        }
         for (i, teacher) in config.teacher.iter_mut().enumerate() {
             if let Some(train) = &mut teacher.train {
-                self.training(&format!("teacher.{i}.train."), &train.optim, &train.schedule, &mut train.loss, 0)?;
+                self.training(&format!("teacher.{i}.train."), &train.optim, &train.schedule, &mut train.loss, &[])?;
             }
         }
-        self.training("", &config.optim, &config.schedule, &mut config.loss, teachers)
+        self.training("", &config.optim, &config.schedule, &mut config.loss, &config.teacher)
     }
 
-    fn training(&self, prefix: &str, optim: &OptimConfig, schedule: &Schedule, losses: &mut [LossConfig], teachers: usize) -> Result<()> {
+    fn training(
+        &self,
+        prefix: &str,
+        optim: &OptimConfig,
+        schedule: &Schedule,
+        losses: &mut [LossConfig],
+        teachers: &[TeacherConfig],
+    ) -> Result<()> {
         optim.validate().and_then(|()| schedule.validate()).map_err(|e| self.locate(prefix, e))?;
         losses.iter_mut().enumerate().try_for_each(|(i, loss)| self.loss(&format!("{prefix}loss.{i}"), loss, teachers))
     }
 
-    fn loss(&self, path: &str, loss: &mut LossConfig, teachers: usize) -> Result<()> {
+    fn loss(&self, path: &str, loss: &mut LossConfig, teachers: &[TeacherConfig]) -> Result<()> {
         let own = |key: &str| format!("{path}.{key}");
         let Some(entry) = self.methods.iter().find(|m| m.name == loss.method) else {
             let message = format!("`{}` is no known method", loss.method);
@@ -416,7 +431,23 @@ impl Check<'_> {
             kd_core::Error::Param { key, .. } => self.tree.error(&own(key.rsplit('.').next().unwrap_or(key)), &e, None),
             _ => self.tree.error(path, format!("method {}: {e}", entry.name), None),
         })?;
-        if teachers == 0 && !method.needs().teacher.is_empty() {
+        if let Some(name) = &loss.teacher
+            && !teachers.iter().any(|t| t.name == *name)
+        {
+            let hint = did_you_mean(name, teachers.iter().map(|t| t.name.as_str()));
+            return Err(self.tree.error(&own("teacher"), format!("there is no teacher `{name}`"), (!teachers.is_empty()).then_some(hint)));
+        }
+        let needs = method.needs();
+        if teachers.len() > 1 && loss.teacher.is_none() && !mean_will_do(&needs) {
+            let names: Vec<&str> = teachers.iter().map(|t| t.name.as_str()).collect();
+            let message = format!("method {} needs more than logits, so one of the {} teachers", entry.name, teachers.len());
+            return Err(self.tree.error(
+                &own("method"),
+                message,
+                Some(format!("set `teacher` of this loss to one of {}", names.join(", "))),
+            ));
+        }
+        if teachers.is_empty() && !needs.teacher.is_empty() {
             let hint = Some("add a section [teacher] with `model` and `weights`".to_string());
             return Err(self.tree.error(&own("method"), format!("method {} needs a teacher, and there is none", entry.name), hint));
         }

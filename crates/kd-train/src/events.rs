@@ -17,21 +17,27 @@ use crate::{Error, Evaluation, Result};
 pub enum Event {
     /// The run begins or goes on.
     Started {
-        /// Epochs in all.
+        /// Epochs of the main training.
         epochs: usize,
+        /// Initial phases in order, with their epochs.
+        #[serde(skip_serializing_if = "Vec::is_empty")]
+        phases: Vec<(String, usize)>,
         /// Steps in an epoch.
         steps_per_epoch: usize,
         /// Training samples.
         samples: usize,
-        /// The epoch at which it goes on, 0 at the beginning.
+        /// The epoch at which it goes on, 0 at the beginning; of the initial phase, within one.
         epoch: usize,
         /// The global step at which it goes on, 0 at the beginning.
         step: usize,
     },
     /// An epoch begins, or goes on after a resume.
     EpochStarted {
-        /// From 0.
+        /// From 0; of the initial phase, within one.
         epoch: usize,
+        /// The initial phase that it belongs to.
+        #[serde(skip_serializing_if = "Option::is_none")]
+        phase: Option<String>,
         /// The learning rate of its next step.
         lr: f64,
     },
@@ -70,9 +76,12 @@ pub enum Event {
 /// The figures of one step.
 #[derive(Clone, Debug, PartialEq, Serialize)]
 pub struct StepReport {
-    /// From 0.
+    /// From 0; of the initial phase, within one.
     pub epoch: usize,
-    /// The global step, from 0.
+    /// The initial phase that it belongs to.
+    #[serde(skip_serializing_if = "Option::is_none")]
+    pub phase: Option<String>,
+    /// The global step, from 0, initial phases included.
     pub step: usize,
     /// The learning rate used.
     pub lr: f64,

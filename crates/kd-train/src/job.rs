@@ -4,14 +4,14 @@ use std::sync::Arc;
 
 use candle_core::Tensor;
 use kd_core::schedule::warmup_factor;
-use kd_core::{BatchSource, Method, Model, Schedule};
+use kd_core::{BatchSource, Cut, Method, Model, Needs, Schedule};
 
-use crate::Result;
-use crate::config::RunOptions;
+use crate::config::{RunOptions, did_you_mean};
 use crate::optim::OptimConfig;
 use crate::parts::{StringMap, fingerprint};
 use crate::run_dir::RunPlace;
 use crate::state::RunResult;
+use crate::{Error, Result};
 
 /// Everything a run of one student needs, built: a [`Student`] and its [`Shared`] part in one.
 pub struct Job {
@@ -70,17 +70,29 @@ pub struct Student {
 }
 
 /// A frozen network, and what messages call it.
+#[derive(Clone)]
 pub struct Teacher {
     /// What messages call it.
     pub name: String,
     /// The network.
     pub model: Arc<dyn Model>,
+    /// Its share in the mean of several teachers' logits, which is divided by the sum of all shares; 0 leaves it out of the mean.
+    pub weight: f64,
+}
+
+impl Teacher {
+    /// With weight 1.
+    pub fn new(name: impl Into<String>, model: Arc<dyn Model>) -> Self {
+        Self { name: name.into(), model, weight: 1.0 }
+    }
 }
 
 /// A method's part in the loss: `weight * min(1, (epoch + first) / warmup_epochs)` of its terms.
 pub struct Objective {
     /// The method.
     pub method: Box<dyn Method>,
+    /// Which of several teachers it learns from, by name. `None`: the only one, or the weighted mean of the logits of all.
+    pub teacher: Option<String>,
     /// Its factor.
     pub weight: f64,
     /// Epochs over which the factor grows; 0: none.
@@ -92,7 +104,31 @@ pub struct Objective {
 impl Objective {
     /// `method` with a weight and no warm-up.
     pub fn new(method: Box<dyn Method>, weight: f64) -> Self {
-        Self { method, weight, warmup_epochs: 0, warmup_first_epoch: 1 }
+        Self { method, teacher: None, weight, warmup_epochs: 0, warmup_first_epoch: 1 }
+    }
+
+    /// Views of each sample that its method wants, in the main training or an initial phase.
+    pub fn views(&self) -> usize {
+        self.all_needs().iter().map(|n| n.views).fold(1, usize::max)
+    }
+
+    /// The index of the one teacher that it sees; `None` when there is none, or when it sees the mean of several.
+    ///
+    /// # Errors
+    /// A name that no teacher has.
+    pub(crate) fn sees(&self, teachers: &[Teacher]) -> Result<Option<usize>> {
+        let Some(name) = &self.teacher else { return Ok((teachers.len() == 1).then_some(0)) };
+        let found = teachers.iter().position(|t| t.name == *name);
+        let unknown = || {
+            let known = did_you_mean(name, teachers.iter().map(|t| t.name.as_str()));
+            Error::Refused(format!("method {}: there is no teacher {name}; {known}", self.method.name()))
+        };
+        found.map(Some).ok_or_else(unknown)
+    }
+
+    /// What its method wants computed, in the main training and in the initial phases.
+    pub(crate) fn all_needs(&self) -> Vec<Needs> {
+        std::iter::once(self.method.needs()).chain(self.method.phases().into_iter().map(|p| p.needs)).collect()
     }
 
     /// Its factor in an epoch.
@@ -117,10 +153,15 @@ pub struct Data {
     pub test: Option<Box<dyn BatchSource>>,
     /// Names the data: a resume must bring the same.
     pub fingerprint: String,
-    /// `[K,D]`; computed from `plain` when a method needs them and they are not given.
+    /// `[K,D]` of the first teacher; computed from `plain`, as every other teacher's, when a method needs them and they are not given.
     pub class_means: Option<Tensor>,
     /// A group for each class.
     pub class_groups: Option<Vec<i64>>,
+}
+
+/// Whether the mean of several teachers' logits is all that a method with these needs has to see.
+pub(crate) fn mean_will_do(needs: &Needs) -> bool {
+    !needs.teacher_model && !needs.class_means && needs.teacher.iter().all(|&cut| cut == Cut::Logits)
 }
 
 /// How [`train`](crate::train) returned.
@@ -130,7 +171,7 @@ pub enum Outcome {
     Finished(Box<RunResult>),
     /// The stop flag was set; the run directory goes on from here.
     Interrupted {
-        /// The present epoch, from 0.
+        /// The present epoch, from 0; of the initial phase, within one.
         epoch: usize,
         /// Steps made.
         step: usize,

@@ -1,14 +1,19 @@
 //! One student of a group: what it trains, where it stands, and its run directory.
+//!
+//! A run goes through stages: the initial phases of its methods in order, then the main training. A stage has its own loss, cuts, trained
+//! parts, learning rate and optimiser, which starts afresh; epochs count on through all of them, so that a phase shares the batches with
+//! whatever the neighbours do at that time.
 
+use std::collections::BTreeMap;
 use std::sync::Arc;
 use std::time::Instant;
 
 use candle_core::{DType, Device, Tensor};
-use kd_core::{Batch, Cut, LossTerms, Mode, Model, Models, Needs, Outputs, Progress, Rng, Setup, StateDict, StepView, Trainable};
+use kd_core::{Batch, Cut, LossTerms, Mode, Model, Models, Needs, Outputs, Phase, Progress, Rng, Setup, StateDict, StepView, Trainable};
 
 use crate::evaluate::evaluate_unless;
 use crate::events::{Event, Sink, Split, StepReport, Subject};
-use crate::job::{Objective, Outcome, Student, labels};
+use crate::job::{Objective, Outcome, Shared, Student, labels};
 use crate::optim::{Optimiser, Part, Target, clip_scale, grad_norm};
 use crate::parts::{self, fingerprint, home, tensors};
 use crate::run_dir::{Checkpoint, RunDir};
@@ -19,25 +24,56 @@ use crate::{Error, Evaluation, Result, checks};
 /// The teachers' outputs on a batch, `[teacher][view]`, outside any graph.
 pub(crate) type Lesson = Vec<Vec<Outputs>>;
 
+/// What a stage wants computed.
+#[derive(Clone, Debug)]
+pub(crate) struct Wants {
+    /// The union over the methods that take part.
+    pub(crate) needs: Needs,
+    /// Cuts of each teacher.
+    pub(crate) teachers: Vec<Vec<Cut>>,
+    /// Whether some method sees the mean of several teachers' logits.
+    mean: bool,
+}
+
+/// An initial phase, and whose.
+struct Lead {
+    objective: usize,
+    /// Its index among the method's own.
+    index: usize,
+    phase: Phase,
+}
+
+/// A part of a run, with what it trains.
+struct Stage {
+    /// The initial phase, by its index among all; `None`: the main training.
+    lead: Option<usize>,
+    /// Its first epoch, of the whole run.
+    first: usize,
+    wants: Wants,
+    parts: Vec<Part>,
+    optimiser: Optimiser,
+    /// Whether it is known that the losses reach every parameter.
+    reached: bool,
+}
+
 /// A student at work.
 pub(crate) struct Learner<'s> {
     own: Student,
-    /// The union over all methods.
-    needs: Needs,
     /// What each method is called in reports and checkpoints.
     labels: Vec<String>,
-    parts: Vec<Part>,
-    optimiser: Optimiser,
+    /// The teacher that each method sees; `None` where there is none, or the mean of several.
+    sees: Vec<Option<usize>>,
+    leads: Vec<Lead>,
+    stage: Stage,
     state: RunState,
-    class_means: Option<Tensor>,
+    /// By teacher.
+    class_means: BTreeMap<usize, Tensor>,
     /// The best student, when there is no directory to keep it in.
     best: Option<StateDict>,
     /// Where the newest checkpoint stands.
     saved: Option<(usize, usize)>,
     /// The epoch whose beginning was told last.
     told: Option<usize>,
-    /// Whether it is known that the losses reach every parameter.
-    reached: bool,
     dtype: DType,
     device: Device,
     dir: Option<RunDir>,
@@ -56,22 +92,26 @@ impl<'s> Learner<'s> {
         let (state, mut tensors) = checkpoint.map_or((None, StateDict::new()), |(state, tensors)| (Some(state), tensors));
         let none = || Error::Refused("the student has no parameters to train".to_string());
         let (dtype, device) = home(own.model.as_ref()).ok_or_else(none)?;
-        let class_means = match (needs_of(&own.objectives).class_means, tensors.remove("class_means")) {
-            (false, _) => None,
-            (true, Some(means)) => Some(means),
-            (true, None) => match course.class_means()? {
-                Some(means) => Some(means),
-                None => return Ok(None),
-            },
-        };
-        let class_means = class_means.map(|means| means.to_device(&device)?.to_dtype(dtype)).transpose()?;
+        let sees = own.objectives.iter().map(|o| o.sees(&course.shared.teachers)).collect::<Result<Vec<_>>>()?;
+        let mut class_means = BTreeMap::new();
+        for (objective, seen) in own.objectives.iter().zip(&sees) {
+            if let Some(t) = *seen
+                && objective.all_needs().iter().any(|n| n.class_means)
+                && !class_means.contains_key(&t)
+            {
+                let Some(means) = tensors.remove(&means_key(t)).map_or_else(|| course.class_means(t), |m| Ok(Some(m)))? else {
+                    return Ok(None);
+                };
+                class_means.insert(t, means.to_device(&device)?.to_dtype(dtype)?);
+            }
+        }
         let (shared, models) = (&course.shared, &course.models);
         let setup = |i: usize| Setup {
-            models: Models { student: own.model.as_ref(), teachers: models },
+            models: Models { student: own.model.as_ref(), teachers: seen_of(sees[i], models) },
             classes: shared.data.classes,
             train_samples: shared.data.train.samples(),
             batch_size: shared.data.batch_size,
-            class_means: class_means.as_ref(),
+            class_means: sees[i].and_then(|t| class_means.get(&t)),
             class_groups: shared.data.class_groups.as_deref(),
             dtype,
             device: &device,
@@ -79,31 +119,26 @@ impl<'s> Learner<'s> {
         };
         own.objectives.iter_mut().enumerate().try_for_each(|(i, o)| o.method.prepare(&setup(i))).map_err(Error::Setup)?;
         checks::needs(shared, &own)?; // once more: cuts that follow from the shapes of both sides have joined
-
-        let unused = own.objectives.iter().flat_map(|o| o.method.unused()).collect();
-        let mut trained = parts_of("student".to_string(), &own.model, unused);
-        if trained.is_empty() {
+        if parts_of("student".to_string(), &own.model, vec![]).is_empty() {
             return Err(none());
         }
+        let phases = own.objectives.iter().enumerate().flat_map(|(objective, o)| {
+            let all = o.method.phases().into_iter().enumerate();
+            all.map(move |(index, phase)| Lead { objective, index, phase })
+        });
+        let leads: Vec<Lead> = phases.filter(|lead| lead.phase.epochs > 0).collect();
         let labels = labels(&own.objectives);
-        for (objective, label) in own.objectives.iter().zip(&labels) {
-            for (i, network) in objective.method.networks().iter().enumerate() {
-                trained.extend(parts_of(format!("{label}.network.{i}"), network, vec![]));
-            }
-            let vars = objective.method.vars().into_iter();
-            trained.extend(vars.map(|(name, var)| Part { name: format!("{label}.var.{name}"), target: Target::Var(var), unused: vec![] }));
-        }
+        let at = state.as_ref().map_or(0, |s| s.epoch);
         let mut learner = Self {
-            needs: needs_of(&own.objectives),
+            stage: Stage::at(at, &own, &labels, &leads, &sees, shared)?,
             labels,
-            optimiser: Optimiser::new(&own.optim, trained.clone())?,
+            sees,
+            leads,
             state: state.clone().unwrap_or_default(),
             saved: state.as_ref().map(|s| (s.epoch, s.batch)),
             class_means,
             best: None,
             told: None,
-            reached: false,
-            parts: trained,
             own,
             dtype,
             device,
@@ -112,9 +147,10 @@ impl<'s> Learner<'s> {
         };
         learner.emit(&Event::Started {
             epochs: learner.own.schedule.epochs,
+            phases: learner.leads.iter().map(|l| (l.phase.name.clone(), l.phase.epochs)).collect(),
             steps_per_epoch: course.batches(),
             samples: course.shared.data.train.samples(),
-            epoch: learner.state.epoch,
+            epoch: learner.epoch(),
             step: learner.state.step,
         })?;
         let warnings = learner.dir.as_mut().map(|d| std::mem::take(&mut d.warnings)).unwrap_or_default();
@@ -125,7 +161,7 @@ impl<'s> Learner<'s> {
             None => {}
         }
         if let Some(dir) = &learner.dir {
-            let steps = learner.own.schedule.epochs * course.batches();
+            let steps = learner.epochs() * course.batches();
             let student = learner.student_tensors()?;
             dir.require_space(course.reserve(checks::bytes_needed(learner.tensors()?.values(), student.values(), steps)))?;
         }
@@ -137,15 +173,30 @@ impl<'s> Learner<'s> {
         (self.state.epoch, self.state.batch)
     }
 
-    /// What its methods want computed.
-    pub(crate) fn needs(&self) -> &Needs {
-        &self.needs
+    /// What its methods want computed now.
+    pub(crate) fn wants(&self) -> &Wants {
+        &self.stage.wants
+    }
+
+    /// Epochs of the whole run.
+    fn epochs(&self) -> usize {
+        self.leads.iter().map(|l| l.phase.epochs).sum::<usize>() + self.own.schedule.epochs
+    }
+
+    /// The present epoch of the present stage.
+    fn epoch(&self) -> usize {
+        self.state.epoch - self.stage.first
+    }
+
+    /// The initial phase that it is in.
+    fn lead(&self) -> Option<&Lead> {
+        self.stage.lead.map(|i| &self.leads[i])
     }
 
     /// One step on a batch for which the group waited, and whose lesson it has after `common` seconds.
     pub(crate) fn learn(&mut self, course: &Course<'_>, batch: &Batch, lesson: &Lesson, waiting: f64, common: f64) -> Result<()> {
         if self.told.replace(self.state.epoch) != Some(self.state.epoch) {
-            self.emit(&Event::EpochStarted { epoch: self.state.epoch, lr: self.lr(course) })?;
+            self.emit(&Event::EpochStarted { epoch: self.epoch(), phase: self.phase(), lr: self.lr(course) })?;
         }
         let begun = Instant::now();
         let mut report = self.step(course, batch, lesson)?;
@@ -171,8 +222,11 @@ impl<'s> Learner<'s> {
             return self.interrupt().map(Some);
         }
         (self.state.epoch, self.state.batch) = (self.state.epoch + 1, 0);
+        if self.lead().is_some_and(|lead| self.epoch() == lead.phase.epochs) {
+            self.stage = Stage::at(self.state.epoch, &self.own, &self.labels, &self.leads, &self.sees, &course.shared)?;
+        }
         let every = self.own.options.checkpoint_every;
-        if self.state.epoch == self.own.schedule.epochs || (every > 0 && self.state.epoch.is_multiple_of(every)) {
+        if self.state.epoch == self.epochs() || (every > 0 && self.state.epoch.is_multiple_of(every)) {
             self.checkpoint()?;
         }
         self.finish_if_done(course)
@@ -181,12 +235,12 @@ impl<'s> Learner<'s> {
     /// Saves a checkpoint before leaving.
     pub(crate) fn interrupt(&mut self) -> Result<Outcome> {
         self.checkpoint()?;
-        Ok(Outcome::Interrupted { epoch: self.state.epoch, step: self.state.step })
+        Ok(Outcome::Interrupted { epoch: self.epoch(), step: self.state.step })
     }
 
     /// After the last epoch, exports the student and writes the result.
     pub(crate) fn finish_if_done(&mut self, course: &mut Course<'_>) -> Result<Option<Outcome>> {
-        if self.state.epoch < self.own.schedule.epochs {
+        if self.state.epoch < self.epochs() {
             return Ok(None);
         }
         let best = self.state.best.filter(|_| course.shared.data.validation.is_some());
@@ -200,14 +254,14 @@ impl<'s> Learner<'s> {
         let mut test = self.state.history.last().filter(|r| r.split == Split::Test).map(|r| r.evaluation);
         if test.is_none() && course.shared.data.test.is_some() {
             let Some(evaluation) = self.evaluate(course, Split::Test)? else { return self.interrupt().map(Some) };
-            let epochs = best.map_or(self.state.epoch, |b| b.record.epochs);
+            let epochs = best.map_or(self.epoch(), |b| b.record.epochs);
             self.emit(&Event::Evaluated { subject: Subject::Student, split: Split::Test, epochs, evaluation, best: false })?;
             test = Some(evaluation);
         }
         let deployed = self.deployed()?;
         let state = &self.state;
         let result = RunResult {
-            epochs: state.epoch,
+            epochs: self.epoch(),
             steps: state.step,
             history: state.history.clone(),
             best: state.best.map(|b| b.record),
@@ -229,31 +283,34 @@ impl<'s> Learner<'s> {
     /// Outputs, loss, gradients, update.
     fn step(&mut self, course: &Course<'_>, batch: &Batch, lesson: &Lesson) -> Result<StepReport> {
         let batch = self.on_device(batch)?;
-        let teachers = self.own_part(lesson)?;
+        let teachers = self.heard(course, lesson)?;
         let student = self.outputs(course, &batch)?;
         let terms = self.loss_terms(course, &batch, &student, &teachers)?;
         let loss = terms.total()?;
         let (loss_value, values) = self.read(&terms, &loss, &batch)?;
 
-        let networks: Vec<&dyn Model> = self.parts.iter().filter_map(|p| p.network()).collect();
+        let networks: Vec<&dyn Model> = self.stage.parts.iter().filter_map(|p| p.network()).collect();
         let mut grads = kd_nn::backward(&loss, &networks)?;
         self.check_reached(&grads)?;
         let idle = self.idle();
         let mut flat = grads.networks.drain(..);
         let gradient = |part: &Part| match &part.target {
             Target::Network(_) => Ok(flat.next().flatten().map(|n| n.flat).filter(|_| !idle.contains(&part.name))),
+            // A phase leaves alone what it has no use for.
+            Target::Var(var) if self.lead().is_some() => Ok(grads.store.get(var).cloned()),
             // As in a flat gradient, a loss that is silent for now leaves zero.
             Target::Var(var) => grads.store.get(var).map_or_else(|| var.zeros_like(), |g| Ok(g.clone())).map(Some),
         };
-        let grads: Vec<Option<Tensor>> = self.parts.iter().map(gradient).collect::<candle_core::Result<_>>()?;
+        let grads: Vec<Option<Tensor>> = self.stage.parts.iter().map(gradient).collect::<candle_core::Result<_>>()?;
         let norm = grad_norm(&grads)?;
         if !norm.is_finite() {
             return Err(non_finite(&self.state, "the gradient's norm".to_string(), norm, &batch));
         }
         let lr = self.lr(course);
-        self.optimiser.step(&grads, lr, clip_scale(norm, self.own.optim.clip_grad_norm))?;
+        self.stage.optimiser.step(&grads, lr, clip_scale(norm, self.own.optim.clip_grad_norm))?;
         Ok(StepReport {
-            epoch: self.state.epoch,
+            epoch: self.epoch(),
+            phase: self.phase(),
             step: self.state.step,
             lr,
             loss: loss_value,
@@ -265,39 +322,78 @@ impl<'s> Learner<'s> {
         })
     }
 
-    /// Of what the teachers said, what this student's methods asked for: the views and cuts that others wanted are none of its business.
-    fn own_part(&self, lesson: &Lesson) -> Result<Vec<Vec<Outputs>>> {
+    /// What the methods hear of the teachers, by view: each teacher's cuts that they asked for, as the views and cuts that others wanted are
+    /// none of their business, and behind them the mean of the logits, where some method sees that.
+    fn heard(&self, course: &Course<'_>, lesson: &Lesson) -> Result<Lesson> {
         let here = |t: &Tensor| t.to_device(&self.device)?.to_dtype(self.dtype);
-        let outputs = |said: &Outputs| {
-            let wanted = said.iter().filter(|(cut, _)| self.needs.teacher.contains(cut));
-            Ok(Outputs::new(wanted.map(|(cut, t)| Ok((cut, here(t)?))).collect::<Result<Vec<_>>>()?))
-        };
-        let views = if self.needs.teacher.is_empty() { 0 } else { self.needs.views };
-        lesson.iter().map(|said| said.iter().take(views).map(outputs).collect()).collect()
+        let mut all = vec![];
+        for (said, cuts) in lesson.iter().zip(&self.stage.wants.teachers) {
+            let outputs = |said: &Outputs| {
+                let wanted = said.iter().filter(|(cut, _)| cuts.contains(cut));
+                Ok(Outputs::new(wanted.map(|(cut, t)| Ok((cut, here(t)?))).collect::<Result<Vec<_>>>()?))
+            };
+            let views = if cuts.is_empty() { 0 } else { self.stage.wants.needs.views };
+            all.push(said.iter().take(views).map(outputs).collect::<Result<Vec<_>>>()?);
+        }
+        if self.stage.wants.mean {
+            let total: f64 = course.shared.teachers.iter().map(|t| t.weight).sum();
+            let shares: Vec<_> = all.iter().zip(&course.shared.teachers).filter(|(_, t)| t.weight > 0.0).collect();
+            let views = shares.iter().map(|(said, _)| said.len()).min().unwrap_or(0);
+            let mut mean = vec![];
+            for view in 0..views {
+                let mut sum: Option<Tensor> = None;
+                for (said, teacher) in &shares {
+                    let part = (said[view].logits()? * (teacher.weight / total))?;
+                    sum = Some(sum.map_or_else(|| Ok(part.clone()), |sum| sum + &part)?);
+                }
+                mean.push(Outputs::new(sum.map(|t| (Cut::Logits, t))));
+            }
+            all.push(mean);
+        }
+        Ok(all)
     }
 
+    /// One for each view; without a pass where no cut is wanted.
     fn outputs(&self, course: &Course<'_>, batch: &Batch) -> Result<Vec<Outputs>> {
         let rng = Rng::new(course.shared.seed).named("student").fork(self.state.step as u64);
-        let run = |(view, images): (usize, &Tensor)| {
-            Ok(self.own.model.run(images, Cut::Input, &self.needs.student, Mode::Train(rng.fork(view as u64)))?)
+        let cuts = &self.stage.wants.needs.student;
+        let run = |(view, images): (usize, &Tensor)| match cuts.is_empty() {
+            true => Ok(Outputs::default()),
+            false => Ok(self.own.model.run(images, Cut::Input, cuts, Mode::Train(rng.fork(view as u64)))?),
         };
         batch.images.iter().enumerate().map(run).collect()
     }
 
-    /// The terms of every method with weight and warm-up in them, named `<method>.<term>`.
+    /// The terms of every method with weight and warm-up in them, named `<method>.<term>`; of an initial phase, those of its method alone.
     fn loss_terms(&mut self, course: &Course<'_>, batch: &Batch, student: &[Outputs], teachers: &[Vec<Outputs>]) -> Result<LossTerms> {
         let progress = self.progress(course);
-        let rng = Rng::new(course.shared.seed).named("loss").fork(progress.step as u64);
-        let models = Models { student: self.own.model.as_ref(), teachers: &course.models };
+        let rng = Rng::new(course.shared.seed).named("loss").fork(self.state.step as u64);
+        let lead = self.lead().map(|l| (l.objective, l.index));
         let mut all = LossTerms::new();
         for (i, (objective, label)) in self.own.objectives.iter_mut().zip(&self.labels).enumerate() {
-            let view = StepView { student, teachers, models, batch, progress, rng: rng.fork(i as u64) };
-            let factor = objective.factor(progress.epoch);
-            let terms = objective.method.loss(&view).map_err(|e| match e {
+            let several = course.models.len() > 1;
+            let view = StepView {
+                student,
+                teachers: match self.sees[i] {
+                    Some(t) => std::slice::from_ref(&teachers[t]),
+                    None if several => &teachers[course.models.len()..], // the mean
+                    None => &[],
+                },
+                models: Models { student: self.own.model.as_ref(), teachers: seen_of(self.sees[i], &course.models) },
+                batch,
+                progress,
+                rng: rng.fork(i as u64),
+            };
+            let terms = match lead {
+                None => objective.method.loss(&view).map(|terms| terms.scaled(objective.factor(progress.epoch))),
+                Some((whose, phase)) if whose == i => objective.method.phase_loss(phase, &view),
+                Some(_) => continue,
+            };
+            let terms = terms.map_err(|e| match e {
                 kd_core::Error::NonFinite { what, value, .. } => non_finite(&self.state, format!("{what} of {label}"), value, batch),
                 e => e.into(),
             })?;
-            all.extend(terms.scaled(factor).prefixed(label));
+            all.extend(terms.prefixed(label));
         }
         Ok(all)
     }
@@ -320,31 +416,43 @@ impl<'s> Learner<'s> {
         Ok((total, values))
     }
 
-    /// Once, in the first step in which no loss is silent.
+    /// Once in a stage, in the first step in which no loss is silent.
     fn check_reached(&mut self, grads: &kd_nn::Gradients) -> Result<()> {
-        let epoch = self.state.epoch;
-        if self.reached || self.own.objectives.iter().any(|o| o.weight != 0.0 && o.factor(epoch) == 0.0) {
+        let (main, epoch) = (self.lead().is_none(), self.epoch());
+        if self.stage.reached || (main && self.own.objectives.iter().any(|o| o.weight != 0.0 && o.factor(epoch) == 0.0)) {
             return Ok(());
         }
-        let silent = self.own.objectives.iter().zip(&self.labels).filter(|(o, _)| o.weight == 0.0);
+        let silent = self.own.objectives.iter().zip(&self.labels).filter(|(o, _)| main && o.weight == 0.0);
         let silent: Vec<String> = silent.map(|(_, label)| format!("{label}.")).collect();
         let idle = self.idle();
-        checks::reached(&self.parts, grads, |part| silent.iter().any(|prefix| part.name.starts_with(prefix)) || idle.contains(&part.name))?;
-        self.reached = true;
+        let idle_var = |part: &Part| !main && matches!(part.target, Target::Var(_));
+        let exempt = |part: &Part| idle_var(part) || silent.iter().any(|prefix| part.name.starts_with(prefix)) || idle.contains(&part.name);
+        checks::reached(&self.stage.parts, grads, exempt)?;
+        self.stage.reached = true;
         Ok(())
     }
 
-    /// Names of the methods' networks that take no part in this epoch: they stay as they are.
+    /// Names of the methods' networks that take no part in this epoch of the main training: they stay as they are.
     fn idle(&self) -> Vec<String> {
+        if self.lead().is_some() {
+            return vec![]; // a phase trains no part that is idle
+        }
         let names = |(o, label): (&Objective, &String)| {
-            o.method.idle(self.state.epoch).into_iter().map(|i| format!("{label}.network.{i}")).collect::<Vec<_>>()
+            o.method.idle(self.epoch()).into_iter().map(|i| format!("{label}.network.{i}")).collect::<Vec<_>>()
         };
         self.own.objectives.iter().zip(&self.labels).flat_map(names).collect()
     }
 
+    fn phase(&self) -> Option<String> {
+        self.lead().map(|l| l.phase.name.clone())
+    }
+
     /// Evaluates the student when it is due after the present epoch; `false` when stopped.
     fn evaluate_epoch(&mut self, course: &mut Course<'_>) -> Result<bool> {
-        let epochs = self.state.epoch + 1;
+        if self.lead().is_some() {
+            return Ok(true);
+        }
+        let epochs = self.epoch() + 1;
         let every = self.own.options.eval_every;
         if epochs < self.own.schedule.epochs && (every == 0 || !epochs.is_multiple_of(every)) {
             return Ok(true);
@@ -415,21 +523,27 @@ impl<'s> Learner<'s> {
     }
 
     fn lr(&self, course: &Course<'_>) -> f64 {
-        self.own.schedule.lr(self.own.optim.lr, self.state.epoch, self.state.step, course.batches())
+        let base = self.own.optim.lr;
+        match self.lead() {
+            Some(lead) => lead.phase.lr.unwrap_or(base),
+            None => self.own.schedule.lr(base, self.epoch(), self.progress(course).step, course.batches()),
+        }
     }
 
+    /// Where the present stage stands.
     fn progress(&self, course: &Course<'_>) -> Progress {
-        let (epochs, steps_per_epoch) = (self.own.schedule.epochs, course.batches());
-        Progress { epoch: self.state.epoch, epochs, step: self.state.step, steps_per_epoch }
+        let epochs = self.lead().map_or(self.own.schedule.epochs, |l| l.phase.epochs);
+        let steps_per_epoch = course.batches();
+        Progress { epoch: self.epoch(), epochs, step: self.state.step - self.stage.first * steps_per_epoch, steps_per_epoch }
     }
 
     /// The batch as the student takes it, with no more views than the methods want.
     fn on_device(&self, batch: &Batch) -> Result<Batch> {
-        if batch.images.len() < self.needs.views {
-            let (have, want) = (batch.images.len(), self.needs.views);
+        if batch.images.len() < self.stage.wants.needs.views {
+            let (have, want) = (batch.images.len(), self.stage.wants.needs.views);
             return Err(Error::Refused(format!("a method needs {want} augmented views of each sample, the training set gives {have}")));
         }
-        let images = batch.images.iter().take(self.needs.views);
+        let images = batch.images.iter().take(self.stage.wants.needs.views);
         Ok(Batch {
             images: images.map(|t| Ok(t.to_device(&self.device)?.to_dtype(self.dtype)?)).collect::<Result<_>>()?,
             labels: batch.labels.to_device(&self.device)?,
@@ -457,7 +571,7 @@ impl<'s> Learner<'s> {
             all.extend(tensors.map(|(name, tensor)| (format!("{prefix}/{name}"), tensor)));
         };
         add("student".to_string(), &mut tensors(self.own.model.as_ref())?.into_iter());
-        add("optim".to_string(), &mut self.optimiser.state()?.into_iter());
+        add("optim".to_string(), &mut self.stage.optimiser.state()?.into_iter());
         for (objective, label) in self.own.objectives.iter().zip(&self.labels) {
             for (i, network) in objective.method.networks().iter().enumerate() {
                 add(format!("{label}.network.{i}"), &mut tensors(network.as_ref())?.into_iter());
@@ -465,7 +579,7 @@ impl<'s> Learner<'s> {
             add(format!("{label}.var"), &mut objective.method.vars().into_iter().map(|(name, var)| (name, var.as_detached_tensor())));
             add(format!("{label}.state"), &mut objective.method.state()?.into_iter());
         }
-        all.extend(self.class_means.iter().map(|means| ("class_means".to_string(), means.clone())));
+        all.extend(self.class_means.iter().map(|(&t, means)| (means_key(t), means.clone())));
         Ok(all)
     }
 
@@ -477,7 +591,7 @@ impl<'s> Learner<'s> {
             all.iter().filter_map(|(key, t)| Some((key.strip_prefix(prefix)?.strip_prefix('/')?.to_string(), t.clone()))).collect()
         };
         parts::assign(self.own.model.as_ref(), WHO, |name| under("student", name))?;
-        self.optimiser.load_state(&below("optim"))?;
+        self.stage.optimiser.load_state(&below("optim"))?;
         for (objective, label) in self.own.objectives.iter_mut().zip(&self.labels) {
             for (i, network) in objective.method.networks().iter().enumerate() {
                 parts::assign(network.as_ref(), WHO, |name| under(&format!("{label}.network.{i}"), name))?;
@@ -494,9 +608,77 @@ impl<'s> Learner<'s> {
     }
 }
 
-/// The union over all methods.
-fn needs_of(objectives: &[Objective]) -> Needs {
-    objectives.iter().fold(Needs { student: vec![], ..Needs::default() }, |all, o| all.merge(&o.method.needs()))
+impl Stage {
+    /// The one that epoch `epoch` of the whole run belongs to, with its optimiser as it begins.
+    fn at(epoch: usize, own: &Student, labels: &[String], leads: &[Lead], sees: &[Option<usize>], shared: &Shared) -> Result<Self> {
+        let (mut first, mut lead) = (0, None);
+        for (i, l) in leads.iter().enumerate() {
+            if epoch < first + l.phase.epochs {
+                lead = Some(i);
+                break;
+            }
+            first += l.phase.epochs;
+        }
+        let wants = Wants::new(own, lead.map(|i| &leads[i]), sees, shared);
+        let phase = lead.map(|i| &leads[i]);
+        let unused = match phase {
+            Some(l) => l.phase.unused.clone(),
+            None => own.objectives.iter().flat_map(|o| o.method.unused()).collect(),
+        };
+        let mut parts = vec![];
+        // Nothing of it left to train: not even a decay moves it.
+        if !unused.iter().any(String::is_empty) {
+            parts.extend(parts_of("student".to_string(), &own.model, unused));
+        }
+        for (i, (objective, label)) in own.objectives.iter().zip(labels).enumerate() {
+            if phase.is_some_and(|l| l.objective != i) {
+                continue;
+            }
+            for (n, network) in objective.method.networks().iter().enumerate() {
+                if phase.is_none_or(|l| !l.phase.idle.contains(&n)) {
+                    parts.extend(parts_of(format!("{label}.network.{n}"), network, vec![]));
+                }
+            }
+            let vars = objective.method.vars().into_iter();
+            parts.extend(vars.map(|(name, var)| Part { name: format!("{label}.var.{name}"), target: Target::Var(var), unused: vec![] }));
+        }
+        Ok(Self { lead, first, wants, optimiser: Optimiser::new(&own.optim, parts.clone())?, parts, reached: false })
+    }
+}
+
+impl Wants {
+    /// Of an initial phase, or of all methods in the main training.
+    fn new(own: &Student, lead: Option<&Lead>, sees: &[Option<usize>], shared: &Shared) -> Self {
+        let all: Vec<(usize, Needs)> = match lead {
+            Some(lead) => vec![(lead.objective, lead.phase.needs.clone())],
+            None => own.objectives.iter().enumerate().map(|(i, o)| (i, o.method.needs())).collect(),
+        };
+        let mut teachers = vec![vec![]; shared.teachers.len()];
+        for (i, needs) in &all {
+            for (t, cuts) in teachers.iter_mut().enumerate() {
+                if sees[*i].map_or(shared.teachers[t].weight > 0.0, |seen| seen == t) {
+                    cuts.extend(&needs.teacher);
+                }
+            }
+        }
+        teachers.iter_mut().for_each(|cuts: &mut Vec<Cut>| {
+            cuts.sort_unstable();
+            cuts.dedup();
+        });
+        let mean = teachers.len() > 1 && all.iter().any(|(i, needs)| sees[*i].is_none() && !needs.teacher.is_empty());
+        let nothing = Needs { student: vec![], ..Needs::default() };
+        Self { needs: all.iter().fold(nothing, |sum, (_, needs)| sum.merge(needs)), teachers, mean }
+    }
+}
+
+/// The teachers as a method sees them: the one that it learns from, or all.
+fn seen_of(seen: Option<usize>, models: &[Arc<dyn Model>]) -> &[Arc<dyn Model>] {
+    seen.map_or(models, |t| std::slice::from_ref(&models[t]))
+}
+
+/// Under which a checkpoint keeps a teacher's class means.
+fn means_key(teacher: usize) -> String {
+    if teacher == 0 { "class_means".to_string() } else { format!("class_means.{teacher}") }
 }
 
 fn non_finite(state: &RunState, what: String, value: f64, batch: &Batch) -> Error {

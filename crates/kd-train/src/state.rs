@@ -8,7 +8,7 @@ use crate::events::Split;
 /// Everything about a run that is not a tensor; part of every checkpoint.
 #[derive(Clone, Debug, Default, PartialEq, Serialize, Deserialize)]
 pub(crate) struct RunState {
-    /// The present epoch.
+    /// The present epoch, those of initial phases included.
     pub(crate) epoch: usize,
     /// The next batch in it; all batches done but the evaluation not when it equals their number.
     pub(crate) batch: usize,
@@ -63,9 +63,9 @@ pub enum Exported {
 /// How a run ended.
 #[derive(Clone, Debug, PartialEq, Serialize, Deserialize)]
 pub struct RunResult {
-    /// Epochs trained.
+    /// Epochs trained, initial phases not counted.
     pub epochs: usize,
-    /// Steps made.
+    /// Steps made, those of initial phases included.
     pub steps: usize,
     /// Every evaluation of the student, in order; the last one is the last student's.
     pub history: Vec<EpochRecord>,

@@ -1,7 +1,7 @@
 //! The loop: one for teachers, baselines and every method, for one student or several side by side.
 //!
 //! ```text
-//! for each epoch
+//! for each epoch, the initial phases' first
 //!   for each batch
 //!     teachers' outputs     once, the cuts that some student's methods need, eval mode, outside any graph
 //!     for each student that stands here
@@ -22,12 +22,12 @@ use std::sync::atomic::{AtomicBool, Ordering};
 use std::time::Instant;
 
 use candle_core::Tensor;
-use kd_core::{Batch, Cut, Mode, Model, Needs};
+use kd_core::{Batch, Cut, Mode, Model};
 
 use crate::evaluate::{class_means_unless, evaluate_unless, on_device_of};
 use crate::events::{Event, Sink, Split};
 use crate::job::{Job, Outcome, Shared, Student, fingerprints};
-use crate::learner::{Learner, Lesson};
+use crate::learner::{Learner, Lesson, Wants};
 use crate::parts;
 use crate::run_dir::{self, Opened, RunDir};
 use crate::{Error, Evaluation, Result, checks};
@@ -103,7 +103,9 @@ pub(crate) struct Course<'a> {
     /// The teachers, as methods see them.
     pub(crate) models: Vec<Arc<dyn Model>>,
     pub(crate) stop: &'a AtomicBool,
-    /// How good the teachers are, once somebody has asked.
+    /// The teachers' class means, once somebody has asked.
+    means: Vec<Option<Tensor>>,
+    /// How good the teachers are, likewise.
     verdicts: Option<(Split, Vec<Evaluation>)>,
     /// Bytes that the students so far will need on the disk.
     reserved: u64,
@@ -111,8 +113,10 @@ pub(crate) struct Course<'a> {
 
 impl<'a> Course<'a> {
     fn new(shared: Shared, stop: &'a AtomicBool) -> Self {
-        let models = shared.teachers.iter().map(|t| Arc::clone(&t.model)).collect();
-        Self { shared, models, stop, verdicts: None, reserved: 0 }
+        let models: Vec<_> = shared.teachers.iter().map(|t| Arc::clone(&t.model)).collect();
+        let mut means = vec![None; models.len()];
+        means.iter_mut().take(1).for_each(|first| first.clone_from(&shared.data.class_means));
+        Self { shared, models, stop, means, verdicts: None, reserved: 0 }
     }
 
     /// Batches of an epoch.
@@ -124,18 +128,17 @@ impl<'a> Course<'a> {
         self.stop.load(Ordering::Relaxed)
     }
 
-    /// The teacher's mean embedding of each class, computed once; `None` when stopped.
-    pub(crate) fn class_means(&mut self) -> Result<Option<Tensor>> {
+    /// A teacher's mean embedding of each class, computed once; `None` when stopped.
+    pub(crate) fn class_means(&mut self, teacher: usize) -> Result<Option<Tensor>> {
         let data = &mut self.shared.data;
-        if data.class_means.is_none() {
-            data.class_means = match (&mut data.plain, self.models.first()) {
-                (Some(plain), Some(teacher)) => {
-                    class_means_unless(teacher.as_ref(), plain.as_mut(), data.classes, self.stop).map_err(Error::early)?
-                }
-                _ => return Err(Error::Refused("class means need a teacher and an unaugmented training set".to_string())),
+        if self.means[teacher].is_none() {
+            let Some(plain) = &mut data.plain else {
+                return Err(Error::Refused("class means need an unaugmented training set".to_string()));
             };
+            let model = self.models[teacher].as_ref();
+            self.means[teacher] = class_means_unless(model, plain.as_mut(), data.classes, self.stop).map_err(Error::early)?;
         }
-        Ok(data.class_means.clone())
+        Ok(self.means[teacher].clone())
     }
 
     /// How good the teachers are and on which samples, computed once; nothing without samples, `None` when stopped.
@@ -164,16 +167,17 @@ impl<'a> Course<'a> {
         self.reserved
     }
 
-    /// What the teachers say to a batch: of each view the cuts that somebody needs who looks at that view.
-    fn lesson(&self, batch: &Batch, needs: &[&Needs]) -> Result<Lesson> {
+    /// What the teachers say to a batch: of each view the cuts that somebody wants who looks at that view.
+    fn lesson(&self, batch: &Batch, all: &[&Wants]) -> Result<Lesson> {
         let mut lesson = vec![vec![]; self.models.len()];
-        for (view, images) in batch.images.iter().enumerate() {
-            let looking = needs.iter().filter(|n| n.views > view);
-            let cuts: Vec<Cut> = looking.fold(Needs { student: vec![], ..Needs::default() }, |all, n| all.merge(n)).teacher;
-            if cuts.is_empty() {
-                break;
-            }
-            for (teacher, outputs) in self.models.iter().zip(&mut lesson) {
+        for (t, (teacher, outputs)) in self.models.iter().zip(&mut lesson).enumerate() {
+            for (view, images) in batch.images.iter().enumerate() {
+                let mut cuts: Vec<Cut> = all.iter().filter(|w| w.needs.views > view).flat_map(|w| &w.teachers[t]).copied().collect();
+                cuts.sort_unstable();
+                cuts.dedup();
+                if cuts.is_empty() {
+                    break;
+                }
                 outputs.push(teacher.run(&on_device_of(teacher.as_ref(), images)?, Cut::Input, &cuts, Mode::Eval)?.detach());
             }
         }
@@ -236,7 +240,7 @@ impl<'s> Group<'_, 's> {
         let waiting = begun.elapsed().as_secs_f64();
         let short = || Error::Refused(format!("the training set ended after {} of {} batches", position.1, self.course.batches()));
         let batch = batch.ok_or_else(short)?;
-        let here: Vec<&Needs> = self.learners().filter(|l| l.position() == position).map(Learner::needs).collect();
+        let here: Vec<&Wants> = self.learners().filter(|l| l.position() == position).map(Learner::wants).collect();
         let lesson = self.course.lesson(&batch, &here)?;
         let common = begun.elapsed().as_secs_f64();
         self.visit(|l| l.position() == position, |learner, course| learner.learn(course, &batch, &lesson, waiting, common).map(|()| None));

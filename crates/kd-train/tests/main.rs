@@ -12,10 +12,14 @@ mod faults;
 mod fixtures;
 #[path = "main/optim.rs"]
 mod optim;
+#[path = "main/phases.rs"]
+mod phases;
 #[path = "main/resume.rs"]
 mod resume;
 #[path = "main/support.rs"]
 mod support;
+#[path = "main/teachers.rs"]
+mod teachers;
 #[path = "main/together.rs"]
 mod together;
 #[path = "main/trajectory.rs"]

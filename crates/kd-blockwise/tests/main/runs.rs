@@ -108,7 +108,7 @@ fn run(dir: &Path, params: &Value, stop_after: usize) -> (bool, Vec<Vec<(String,
     let source = || Box::new(Memory { epoch: 0, at: 0 });
     let job = Job {
         student: Arc::new(small("student", &[3, 4, 6], DType::F32, 1)),
-        teachers: vec![Teacher { name: "teacher".to_string(), model: Arc::new(small("teacher", &[4, 6, 8], DType::F32, 2).frozen()) }],
+        teachers: vec![Teacher::new("teacher", Arc::new(small("teacher", &[4, 6, 8], DType::F32, 2).frozen()))],
         objectives: vec![Objective::new((registry()[0].build)(params).unwrap(), 1.0)],
         data: Data {
             classes: K,

@@ -11,7 +11,7 @@ use kd_core::{Model, Rng};
 use kd_data::Splits;
 use kd_nn::Network;
 use kd_train::config::{TeacherConfig, TrainConfig};
-use kd_train::{Config, Outcome, RunPlace, RunResult, Runs, Shared, Sink, Student, Teacher};
+use kd_train::{Config, Objective, Outcome, RunPlace, RunResult, Runs, Shared, Sink, Student, Teacher};
 
 use crate::commands::init::QUICKSTART;
 use crate::terminal::Board;
@@ -170,8 +170,10 @@ fn distill(runs: &Runs, dir: &Path, args: &RunArgs, stop: &AtomicBool) -> Result
         };
         teachers.push((teacher, network, result));
     }
-    let built: Vec<Teacher> =
-        teachers.iter().map(|(t, network, _)| Teacher { name: t.name.clone(), model: Arc::clone(network) as Arc<dyn Model> }).collect();
+    let built: Vec<Teacher> = teachers
+        .iter()
+        .map(|(t, network, _)| Teacher { name: t.name.clone(), model: Arc::clone(network) as Arc<dyn Model>, weight: t.weight })
+        .collect();
     let place = |config: &Config| match (several, runs.side_by_side) {
         (false, _) => dir.to_path_buf(),
         (true, false) => dir.join("student"),
@@ -251,9 +253,6 @@ impl Session<'_> {
     /// Refuses, before anything is written, what would fail later: unknown models, files that are not there, class counts that differ.
     fn check(&self, runs: &Runs, splits: &Splits) -> Result<()> {
         splits.train()?;
-        if self.config.teacher.len() > 1 || self.config.teacher.iter().any(|t| t.weight != 1.0) {
-            bail!("several teachers, or one with a weight other than 1: no method here combines teachers yet");
-        }
         for teacher in &self.config.teacher {
             kd_models::find(&teacher.model)?;
             if let Some(path) = &teacher.weights
@@ -349,7 +348,7 @@ impl Session<'_> {
         for ((_, config, place), progress) in runs.iter().zip(board.each()) {
             let network = Arc::new(self.network(config, splits, shape)?.with_precision(self.precision));
             let objectives = assemble::objectives(&config.loss)?;
-            views = objectives.iter().map(|o| o.method.needs().views).fold(views, usize::max);
+            views = objectives.iter().map(Objective::views).fold(views, usize::max);
             let student = Student {
                 model: Arc::clone(&network) as Arc<dyn Model>,
                 objectives,
@@ -365,7 +364,7 @@ impl Session<'_> {
             networks.push(network);
             students.push((student, progress as &mut dyn Sink));
         }
-        let teachers = teachers.iter().map(|t| Teacher { name: t.name.clone(), model: Arc::clone(&t.model) }).collect();
+        let teachers = teachers.to_vec();
         let data = assemble::data(shared, splits, views, &self.device)?;
         let failed = |e: kd_train::Error| match e.is_usage() {
             true => e.into(),

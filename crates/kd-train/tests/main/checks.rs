@@ -69,7 +69,7 @@ fn parameters_that_no_loss_reaches_stop_the_run_after_its_first_step() {
 
     let mut job = embedded(Embedded::default());
     let ce = (kd_losses::find("ce").unwrap().build)(&serde_json::json!({})).unwrap();
-    job.objectives.push(Objective { method: ce, weight: 1.0, warmup_epochs: 2, warmup_first_epoch: 0 });
+    job.objectives.push(Objective { warmup_epochs: 2, warmup_first_epoch: 0, ..Objective::new(ce, 1.0) });
     train(job, &mut [], &Default::default()).unwrap();
 }
 

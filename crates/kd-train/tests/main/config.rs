@@ -98,6 +98,9 @@ fn several_teachers_are_a_list() {
     let config = parse(text, &["teacher.1.name=b"]).unwrap();
     assert_eq!(config.teacher.iter().map(|t| (t.name.as_str(), t.weight)).collect::<Vec<_>>(), [("a", 0.25), ("b", 1.0)]);
     assert_eq!(parse(&config.to_toml().unwrap(), &[]).unwrap(), config);
+    let config = parse(text, &["teacher.1.name=b", "loss=[{method='kd'},{method='nd',teacher='b'}]"]).unwrap();
+    assert_eq!(config.loss.iter().map(|l| l.teacher.as_deref()).collect::<Vec<_>>(), [None, Some("b")]);
+    assert_eq!(parse(&config.to_toml().unwrap(), &[]).unwrap(), config);
 }
 
 #[test]
@@ -179,6 +182,20 @@ fn mistakes_are_refused_with_their_place_and_a_hint() {
             "run.toml:6: ",
             &["`teacher.1.name` is a"],
         ),
+        (
+            taught("[[loss]]\nmethod = \"kd\"\nteacher = \"resnet65\""),
+            &[],
+            "run.toml:8: ",
+            &["no teacher `resnet65`", "did you mean `resnet56`?"],
+        ),
+        (with("[[loss]]\nmethod = \"ce\"\nteacher = \"a\""), &[], "run.toml:5: ", &["no teacher `a`"]),
+        (
+            with("[[teacher]]\nmodel = \"a\"\nweights = \"x\"\n[[teacher]]\nmodel = \"b\"\nweights = \"y\"\n[[loss]]\nmethod = \"nd\""),
+            &[],
+            "run.toml:10: ",
+            &["method nd needs more than logits", "set `teacher` of this loss to one of a, b"],
+        ),
+        (with("[teacher]\nmodel = \"a\"\nweights = \"x\"\nweight = 0"), &[], "run.toml:3: ", &["weight 0"]),
         (with(""), &["optim.lr=-1"], "--set optim.lr=-1: ", &["`optim.lr` is -1"]),
         (with(""), &["optim.speed=1"], "--set optim.speed=1: ", &["no known key"]),
         (with(""), &["optim.lr"], "--set optim.lr: ", &["no `=`", "section.key=value"]),

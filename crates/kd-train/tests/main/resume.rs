@@ -17,6 +17,7 @@ fn recipes() -> Vec<Recipe> {
             options: RunOptions { checkpoint_steps: 3, eval_every: 2, ..RunOptions::default() },
             ..base.clone()
         },
+        Recipe { methods: vec!["ce", "warm"], validation: true, ..base.clone() },
         Recipe { own_model: true, validation: true, options: RunOptions { checkpoint_every: 0, ..RunOptions::default() }, ..base },
     ]
 }

@@ -6,8 +6,8 @@ use std::sync::atomic::{AtomicBool, Ordering};
 
 use candle_core::{DType, Device, Tensor, Var};
 use kd_core::{
-    Batch, BatchSource, Classifier, Cut, LossTerms, Method, Mode, Model, ModelSpec, Needs, Outputs, Params, Rng, Schedule, ScheduleKind,
-    Setup, StateDict, StepView, Trainable,
+    Batch, BatchSource, Classifier, Cut, LossTerms, Method, Mode, Model, ModelSpec, Needs, Outputs, Params, Phase, Rng, Schedule,
+    ScheduleKind, Setup, StateDict, StepView, Trainable,
 };
 use kd_nn::{Conv, GraphBuilder, Network};
 use kd_train::{Data, Event, Job, Objective, OptimConfig, Outcome, Result, RunOptions, RunPlace, Sink, Teacher, train};
@@ -222,6 +222,68 @@ impl Method for Everything {
     }
 }
 
+/// A method with two initial phases: first its own network learns from the teacher while the student rests, then the student's body from
+/// that network.
+#[derive(Default)]
+pub(crate) struct Warm {
+    pub(crate) adapter: Option<Arc<Network>>,
+}
+
+impl Method for Warm {
+    fn name(&self) -> &'static str {
+        "warm"
+    }
+
+    fn needs(&self) -> Needs {
+        Needs::supervised()
+    }
+
+    fn prepare(&mut self, setup: &Setup<'_>) -> kd_core::Result<()> {
+        let mut b = GraphBuilder::new("adapter", &[setup.teacher("warm")?.spec().embedding]);
+        b.linear("fc", setup.models.student.spec().embedding);
+        b.cut(Cut::Logits);
+        let network = Network::new(b.finish()?, setup.dtype, setup.device)?;
+        network.init(setup.rng)?;
+        self.adapter = Some(Arc::new(network));
+        Ok(())
+    }
+
+    fn networks(&self) -> Vec<Arc<dyn Model>> {
+        self.adapter.iter().map(|n| n.clone() as Arc<dyn Model>).collect()
+    }
+
+    fn phases(&self) -> Vec<Phase> {
+        let embedding = vec![Cut::Embedding];
+        let own = Needs { student: vec![], teacher: embedding.clone(), ..Needs::default() };
+        let both = Needs { student: embedding.clone(), teacher: embedding, ..Needs::default() };
+        vec![
+            Phase { name: "adapter".to_string(), epochs: 2, lr: Some(0.5), needs: own, unused: vec![String::new()], idle: vec![] },
+            Phase { name: "body".to_string(), epochs: 1, lr: None, needs: both, unused: vec!["fc.".to_string()], idle: vec![0] },
+        ]
+    }
+
+    fn idle(&self, _epoch: usize) -> Vec<usize> {
+        vec![0]
+    }
+
+    fn loss(&mut self, step: &StepView<'_>) -> kd_core::Result<LossTerms> {
+        assert_eq!(step.progress.step / step.progress.steps_per_epoch, step.progress.epoch);
+        Ok(LossTerms::one("size", step.student()?.logits()?.sqr()?.mean_all()?))
+    }
+
+    fn phase_loss(&mut self, phase: usize, step: &StepView<'_>) -> kd_core::Result<LossTerms> {
+        assert_eq!((step.progress.epochs, step.progress.step / step.progress.steps_per_epoch), ([2, 1][phase], step.progress.epoch));
+        let adapter = self.adapter.as_ref().unwrap();
+        let noisy = (step.teacher()?.embedding()? * (1.0 + 0.01 * step.rng.normal(0)))?;
+        let adapted = adapter.run(&noisy, Cut::Input, &[Cut::Logits], Mode::Train(step.rng))?;
+        let gap = match phase {
+            0 => (adapted.logits()? - 1.0)?,
+            _ => (step.student()?.embedding()? - adapted.logits()?.detach())?,
+        };
+        Ok(LossTerms::one(["own", "body"][phase], gap.sqr()?.mean_all()?))
+    }
+}
+
 /// Makes the job of a small run; a fresh one each time, as a restarted process would.
 #[derive(Clone)]
 pub(crate) struct Recipe {
@@ -251,6 +313,7 @@ impl Default for Recipe {
 pub(crate) fn method(name: &str) -> Box<dyn Method> {
     match name {
         "everything" => Box::<Everything>::default(),
+        "warm" => Box::<Warm>::default(),
         name => (kd_losses::find(name).unwrap().build)(&serde_json::json!({})).unwrap(),
     }
 }
@@ -258,8 +321,8 @@ pub(crate) fn method(name: &str) -> Box<dyn Method> {
 impl Recipe {
     pub(crate) fn job(&self, place: Option<RunPlace>) -> Job {
         let dtype = self.train.dtype;
-        let needs_teacher = self.methods.iter().any(|m| !method(m).needs().teacher.is_empty());
-        let teacher = || Teacher { name: "oracle".to_string(), model: Arc::new(oracle(6, dtype)) };
+        let needs_teacher = self.methods.iter().any(|m| *m == "warm" || !method(m).needs().teacher.is_empty());
+        let teacher = || Teacher::new("oracle", Arc::new(oracle(6, dtype)));
         let student: Arc<dyn Model> = if self.own_model { Arc::new(Linear::new(dtype)) } else { Arc::new(tiny_net(4, dtype)) };
         let plain = |samples| Box::new(Memory::new(samples, 8, true, dtype));
         Job {
@@ -286,7 +349,8 @@ impl Recipe {
     }
 
     pub(crate) fn steps(&self) -> usize {
-        self.train.batches() * self.schedule.epochs
+        let phases = self.methods.iter().flat_map(|m| method(m).phases()).map(|p| p.epochs).sum::<usize>();
+        self.train.batches() * (phases + self.schedule.epochs)
     }
 
     /// Runs to the end, or until `stop_after` steps were made in this call.

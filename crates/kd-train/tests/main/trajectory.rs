@@ -133,13 +133,14 @@ fn run(fixture: &Fixture, dtype: DType) -> Errors {
                 fixture.name
             );
         }
-        teachers.push(Teacher { name: "teacher".to_string(), model: Arc::new(teacher) as Arc<dyn Model> });
+        teachers.push(Teacher::new("teacher", Arc::new(teacher)));
     }
     let objectives = config["loss"].as_array().unwrap().iter().map(|loss| {
         let method = loss["method"].as_str().unwrap();
         let entry = kd_losses::find(method).unwrap_or_else(|e| panic!("{}: {e}", fixture.name));
         Objective {
             method: (entry.build)(&loss["params"]).unwrap(),
+            teacher: None,
             weight: loss["weight"].as_f64().unwrap(),
             warmup_epochs: count(loss, "/warmup_epochs"),
             warmup_first_epoch: count(loss, "/warmup_first_epoch"),
