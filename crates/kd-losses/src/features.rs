@@ -1,11 +1,11 @@
 //! Stages of both networks: which are compared, their shapes, grids brought together, and the method of losses that need no more.
 
-#![allow(dead_code)] // some of it waits for its methods
-
 use std::sync::Arc;
 
 use candle_core::Tensor;
-use kd_core::{Cut, Error, FeatureSpec, LossTerms, Method, Mode, Model, ModelSpec, Needs, ParamDoc, ParityInputs, Result, Setup, StepView};
+use kd_core::{
+    Cut, Error, FeatureSpec, LossTerms, Method, Mode, Model, ModelSpec, Needs, ParamDoc, ParityInputs, Phase, Result, Setup, StepView,
+};
 use kd_nn::{GraphBuilder, Network, ops};
 
 use crate::layers::one_value;
@@ -236,15 +236,22 @@ pub(crate) fn pairs<'a>(matches: &[Match], step: &StepView<'a>) -> Result<Vec<St
 
 /// A method without adapters and state: a function of the maps.
 pub(crate) struct Plain<F> {
-    pub(crate) name: &'static str,
-    pub(crate) choice: Choice,
-    pub(crate) matches: Vec<Match>,
-    pub(crate) loss: F,
+    name: &'static str,
+    choice: Choice,
+    matches: Vec<Match>,
+    check: fn(&[Match]) -> Result<()>,
+    loss: F,
 }
 
 impl<F: Fn(&[StagePair<'_>]) -> Result<LossTerms> + Send> Plain<F> {
     pub(crate) fn new(name: &'static str, choice: Choice, loss: F) -> Self {
-        Self { name, choice, matches: vec![], loss }
+        Self { name, choice, matches: vec![], check: |_| Ok(()), loss }
+    }
+
+    /// With a condition on the networks.
+    pub(crate) fn checked(mut self, check: fn(&[Match]) -> Result<()>) -> Self {
+        self.check = check;
+        self
     }
 }
 
@@ -258,7 +265,9 @@ impl<F: Fn(&[StagePair<'_>]) -> Result<LossTerms> + Send> Method for Plain<F> {
     }
 
     fn prepare(&mut self, setup: &Setup<'_>) -> Result<()> {
-        self.matches = self.choice.matches(setup, self.name)?;
+        let matches = self.choice.matches(setup, self.name)?;
+        (self.check)(&matches)?;
+        self.matches = matches;
         Ok(())
     }
 
@@ -317,3 +326,28 @@ pub(crate) const fn stages_doc(about: &'static str) -> ParamDoc {
 pub(crate) const BN_EPS: ParamDoc = ParamDoc { name: "bn_eps", default: "1e-5", range: "> 0", about: "of the adapters' batch norms" };
 pub(crate) const BN_MOMENTUM: ParamDoc =
     ParamDoc { name: "bn_momentum", default: "0.1", range: "0..=1", about: "share of a batch in their running statistics" };
+pub(crate) const INIT_EPOCHS: ParamDoc =
+    ParamDoc { name: "init_epochs", default: "30", range: ">= 0", about: "epochs of an initial phase with this loss alone; 0: none" };
+
+/// What a loss of an initial phase needs in the main training: nothing, once the networks are known (before that, what the phase needs,
+/// so that networks without it are refused).
+pub(crate) fn main_needs(wanted: Needs, init_epochs: usize, unprepared: bool) -> Needs {
+    if init_epochs == 0 || unprepared { wanted } else { Needs { student: vec![], ..Needs::default() } }
+}
+
+/// The one initial phase of a method, if it has epochs.
+pub(crate) fn initial(name: &str, epochs: usize, needs: Needs, unused: &[String]) -> Vec<Phase> {
+    let phase = Phase { name: name.to_string(), epochs, needs, unused: unused.to_vec(), ..Phase::default() };
+    if epochs > 0 { vec![phase] } else { vec![] }
+}
+
+/// Name prefixes of the parameters that a run from the images to `cuts` does not meet; none are known of a network without a graph.
+pub(crate) fn unreached(model: &dyn Model, cuts: impl Iterator<Item = Cut>) -> Result<Vec<String>> {
+    let Some(network) = model.as_any().downcast_ref::<Network>() else { return Ok(vec![]) };
+    let graph = network.graph();
+    let wanted = cuts.map(|cut| graph.cut(cut)).collect::<Result<Vec<_>>>()?;
+    let met = graph.piece(0, &wanted)?;
+    let name = |id: usize| graph.nodes()[id].name.as_str();
+    let missed = (0..graph.nodes().len()).filter(|id| !met.contains(id) && !met.iter().any(|&m| name(m) == name(*id)));
+    Ok(missed.map(name).filter(|name| !name.is_empty()).map(|name| format!("{name}.")).collect())
+}

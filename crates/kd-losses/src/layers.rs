@@ -3,8 +3,6 @@
 //! The same mathematics as the adapters' networks, on tensors of candle's graph: `param.<layer>.weight` and so on, batch norms with the
 //! statistics of the batch, their running ones from `state_in.<layer>.*` to the state after the call.
 
-#![allow(dead_code)] // some of it waits for its methods
-
 use std::cell::RefCell;
 
 use candle_core::Tensor;
@@ -90,12 +88,6 @@ impl<'a> Layers<'a> {
     pub(crate) fn conv_transpose(&self, layer: &str, x: &Tensor, stride: usize, padding: usize) -> Result<Tensor> {
         let weight = self.weight(layer, x, 4, 0)?;
         Ok(ops::conv_transpose2d(x, weight, self.bias(layer, weight.dim(1)?)?, stride, padding)?)
-    }
-
-    /// A linear layer.
-    pub(crate) fn linear(&self, layer: &str, x: &Tensor) -> Result<Tensor> {
-        let weight = self.weight(layer, x, 2, 1)?;
-        Ok(ops::linear(x, weight, self.bias(layer, weight.dim(0)?)?)?)
     }
 
     /// A batch norm in training mode.

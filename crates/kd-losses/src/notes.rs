@@ -61,7 +61,7 @@ pub const NOTES: &[MethodNotes] = &[
     notes("mgd", Cost::SmallAdapters, RELEASED),
     notes("ab", Cost::SmallAdapters, RELEASED),
     notes("ft", Cost::SmallAdapters, RELEASED),
-    notes("fsp", Cost::SmallAdapters, RELEASED),
+    notes("fsp", Cost::ChannelGrams, RELEASED),
     notes("dist_pp", Cost::SmallAdapters, INDEPENDENT),
     notes("reviewkd_pp", Cost::WideAdapters, INDEPENDENT),
     // Newer methods.

@@ -47,6 +47,10 @@ pub fn registry() -> &'static [MethodEntry] {
         crate::reviewkd_pp::ENTRY,
         crate::catkd::ENTRY,
         crate::mgd::ENTRY,
+        crate::kdsvd::ENTRY,
+        crate::ab::ENTRY,
+        crate::ft::ENTRY,
+        crate::fsp::ENTRY,
     ];
     METHODS
 }

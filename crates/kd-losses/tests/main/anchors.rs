@@ -30,6 +30,10 @@ fn defaults() -> Vec<(&'static str, Value)> {
         ("reviewkd_pp", json(to_value(kd_losses::reviewkd_pp::Params::default()))),
         ("catkd", json(to_value(kd_losses::catkd::Params::default()))),
         ("mgd", json(to_value(kd_losses::mgd::Params::default()))),
+        ("kdsvd", json(to_value(kd_losses::kdsvd::Params::default()))),
+        ("ab", json(to_value(kd_losses::ab::Params::default()))),
+        ("ft", json(to_value(kd_losses::ft::Params::default()))),
+        ("fsp", json(to_value(kd_losses::fsp::Params::default()))),
     ]
 }
 
