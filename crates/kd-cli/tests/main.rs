@@ -262,7 +262,7 @@ fn distill_ends_with_a_table_and_a_student_that_evaluates_alike() {
     assert!(student("tiny") == student("tiny-2"));
 }
 
-/// Four students of one teacher: no need of it, its logits, its class means and an adapter, its blocks.
+/// Five students of one teacher: no need of it, its logits, its class means and an adapter, its blocks, its logits on two views.
 const GROUP: &str = r#"
 name = "group"
 [data]
@@ -296,9 +296,12 @@ loss = [{ method = "ce" }, { method = "nd" }]
 [[run]]
 name = "block"
 loss = [{ method = "block_kd" }]
+[[run]]
+name = "views"
+loss = [{ method = "mlld" }]
 "#;
 
-const MEMBERS: [&str; 4] = ["ce", "kd", "nd", "block"];
+const MEMBERS: [&str; 5] = ["ce", "kd", "nd", "block", "views"];
 
 fn weights(dir: &Path, run: &str) -> Vec<u8> {
     std::fs::read(dir.join(run).join("student.safetensors")).unwrap()
@@ -320,11 +323,12 @@ fn runs_side_by_side_end_as_each_would_alone() {
     let teacher = "[teacher]\nmodel = \"resnet14\"\nweights = \"group/teacher/student.safetensors\"\n";
     let (before, after) = (given.split("[teacher]").next().unwrap(), given.split("[student]").nth(1).unwrap());
     std::fs::write(d.join("one.toml"), format!("{before}{teacher}[student]{after}")).unwrap();
-    let own: [&[&str]; 4] = [
+    let own: [&[&str]; 5] = [
         &["loss=[{method='ce'}]"],
         &["schedule.epochs=5"],
         &["student.model=resnet8x4", "optim.lr=0.01", "loss=[{method='ce'},{method='nd'}]"],
         &["loss=[{method='block_kd'}]"],
+        &["loss=[{method='mlld'}]"],
     ];
     for (name, own) in MEMBERS.into_iter().zip(own) {
         let mut args = vec!["distill", "--config", "one.toml", "--quiet", "--out", name];
@@ -332,6 +336,33 @@ fn runs_side_by_side_end_as_each_would_alone() {
         ok(d, &args);
         assert!(weights(d, name) == weights(d, &format!("group/{name}")), "{name}");
     }
+}
+
+#[test]
+fn a_cache_of_logits_changes_no_bit() {
+    let dir = folder();
+    let d = dir.path();
+    let text = TINY
+        .replace("baseline = true", "")
+        .replace("model = \"resnet8\"\n[teacher.train", "model = \"resnet8\"\ncache = \"logits\"\n[teacher.train");
+    std::fs::write(d.join("tiny.toml"), text).unwrap();
+    let run = |out: &str, more: &[&str]| {
+        let result = kd(d, &[&["distill", "--config", "tiny.toml", "--out", out][..], more].concat());
+        assert!(result.status.success(), "{}", text_of(&result));
+        text_of(&result)
+    };
+    let first = run("first", &[]);
+    assert!(first.contains("note: the logits of teacher resnet8 take 0.0 MiB in first/cache-resnet8"), "{first}");
+    assert!(d.join("first/cache-resnet8/000003-0.logits").is_file());
+    run("second", &["--set", "teacher.cache_dir=first/cache-resnet8"]);
+    assert!(weights(d, "first/student") == weights(d, "second/student"));
+    let seed = ["--set", "seed=2", "--set", "teacher.cache_dir=first/cache-resnet8"];
+    let e = refused(d, &[&["distill", "--config", "tiny.toml", "--out", "third"][..], &seed].concat());
+    assert!(e.contains("stale"), "{e}");
+}
+
+fn text_of(out: &Output) -> String {
+    text(&out.stderr)
 }
 
 #[test]
@@ -390,7 +421,7 @@ fn a_run_that_fails_leaves_the_others_alone() {
     let (table, err) = (text(&out.stdout), text(&out.stderr));
     assert_eq!(out.status.code(), Some(1), "{err}");
     assert_eq!(err.matches("error:").count(), 1, "{err}");
-    assert!(err.contains("1 of 4 runs failed; ce: epoch"), "{err}");
+    assert!(err.contains("1 of 5 runs failed; ce: epoch"), "{err}");
     assert!(table.lines().any(|l| l.starts_with("ce ") && l.contains("failed")), "{table}");
     for name in &MEMBERS[1..] {
         assert!(d.join("group").join(name).join("student.safetensors").is_file(), "{name}");
@@ -409,7 +440,7 @@ fn what_runs_cannot_have_for_themselves_is_refused() {
         ("run.1.name=a/b", ["\"a/b\"", "a folder's name"]),
         ("run.1.name=teacher", ["\"teacher\"", "its own"]),
         ("run.1.optim.lrr=2", ["lrr", "did you mean `lr`"]),
-        ("run.4.student.model=resnet8", ["`run.4` has no `name`", "must be given"]),
+        ("run.5.student.model=resnet8", ["`run.5` has no `name`", "must be given"]),
     ] {
         let e = refused(dir.path(), &["distill", "--config", "group.toml", "--set", set]);
         assert!(words.iter().all(|w| e.contains(w)), "{set}: {e}");

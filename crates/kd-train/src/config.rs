@@ -11,6 +11,7 @@
 //! [teacher]                # or [[teacher]] for several: losses then see the mean of their logits, by each one's `weight`
 //! model = "resnet56"
 //! weights = "resnet56.pth" # or a section [teacher.train] with its own optim, schedule and loss
+//! cache = "logits"         # keeps them for later runs over the same data with the same seed
 //! [student]
 //! model = "resnet20"
 //! [[loss]]
@@ -158,6 +159,12 @@ pub struct TeacherConfig {
     /// Its share in the mean of several teachers' logits; all shares are divided by their sum.
     #[serde(default = "unit")]
     pub weight: f64,
+    /// Keeps its logits for later runs over the same data with the same seed: `logits` (f32, the same bits) or `logits-f16` (rounded).
+    #[serde(default, skip_serializing_if = "Option::is_none")]
+    pub cache: Option<CacheKind>,
+    /// Where; default: `cache-<name>` in the run directory. Runs that are to share a cache name it.
+    #[serde(default, skip_serializing_if = "Option::is_none")]
+    pub cache_dir: Option<String>,
     /// How to train it first; absent when it has weights.
     #[serde(default, skip_serializing_if = "Option::is_none")]
     pub train: Option<TrainConfig>,
@@ -165,6 +172,16 @@ pub struct TeacherConfig {
 
 fn unit() -> f64 {
     1.0
+}
+
+/// What of a teacher is kept on the disk.
+#[derive(Clone, Copy, Debug, PartialEq, Eq, Serialize, Deserialize)]
+#[serde(rename_all = "kebab-case")]
+pub enum CacheKind {
+    /// Its logits in f32.
+    Logits,
+    /// Its logits in f16.
+    LogitsF16,
 }
 
 /// A training of its own.
@@ -379,6 +396,10 @@ impl Check<'_> {
                 "another name than any other teacher's",
             )?;
             self.require(&format!("{path}.weight"), teacher.weight.is_finite() && teacher.weight >= 0.0, teacher.weight, "0 or more")?;
+            if teacher.cache_dir.is_some() && teacher.cache.is_none() {
+                let message = format!("teacher {} has a `cache_dir` but no `cache`", teacher.name);
+                return Err(self.tree.error(&format!("{path}.cache_dir"), message, Some("set cache = \"logits\"".to_string())));
+            }
             if teacher.weights.is_some() == teacher.train.is_some() {
                 let message = format!("teacher {} must have either `weights` or a section `train`", teacher.name);
                 return Err(self.tree.error(&path, message, None));

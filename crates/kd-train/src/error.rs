@@ -56,6 +56,18 @@ pub enum Error {
         /// What it was given now.
         present: String,
     },
+    /// A cache of a teacher's logits that were made from something else.
+    #[error("{}: a stale cache, its {what} is not the present one (recorded {recorded}, now {present})\nhint: remove it, or choose another directory", dir.display())]
+    Stale {
+        /// The cache's directory.
+        dir: PathBuf,
+        /// The input that differs.
+        what: String,
+        /// What the logits were made from.
+        recorded: String,
+        /// What they would be made from now.
+        present: String,
+    },
     /// A file of a run that does not hold what was written.
     #[error("{}: {why}", path.display())]
     Damaged {

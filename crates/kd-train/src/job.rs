@@ -6,6 +6,7 @@ use candle_core::Tensor;
 use kd_core::schedule::warmup_factor;
 use kd_core::{BatchSource, Cut, Method, Model, Needs, Schedule};
 
+use crate::cache::LogitCache;
 use crate::config::{RunOptions, did_you_mean};
 use crate::optim::OptimConfig;
 use crate::parts::{StringMap, fingerprint};
@@ -69,6 +70,13 @@ pub struct Student {
     pub place: Option<RunPlace>,
 }
 
+impl Student {
+    /// Epochs of the initial phases.
+    pub fn phase_epochs(&self) -> usize {
+        self.objectives.iter().flat_map(|o| o.method.phases()).map(|p| p.epochs).sum()
+    }
+}
+
 /// A frozen network, and what messages call it.
 #[derive(Clone)]
 pub struct Teacher {
@@ -78,12 +86,14 @@ pub struct Teacher {
     pub model: Arc<dyn Model>,
     /// Its share in the mean of several teachers' logits, which is divided by the sum of all shares; 0 leaves it out of the mean.
     pub weight: f64,
+    /// Where its logits are kept for later runs.
+    pub cache: Option<LogitCache>,
 }
 
 impl Teacher {
-    /// With weight 1.
+    /// With weight 1 and no cache.
     pub fn new(name: impl Into<String>, model: Arc<dyn Model>) -> Self {
-        Self { name: name.into(), model, weight: 1.0 }
+        Self { name: name.into(), model, weight: 1.0, cache: None }
     }
 }
 

@@ -178,6 +178,11 @@ impl<'s> Learner<'s> {
         &self.stage.wants
     }
 
+    /// Epochs of the whole run, and views of each sample that it wants at some time.
+    pub(crate) fn extent(&self) -> (usize, usize) {
+        (self.epochs(), self.own.objectives.iter().map(Objective::views).fold(1, usize::max))
+    }
+
     /// Epochs of the whole run.
     fn epochs(&self) -> usize {
         self.leads.iter().map(|l| l.phase.epochs).sum::<usize>() + self.own.schedule.epochs

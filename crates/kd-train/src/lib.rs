@@ -68,6 +68,7 @@
 //!
 //! Invariant: every byte that a run writes goes through [`Files`](files::Files); nothing here builds a model, a method or a data set.
 
+mod cache;
 mod checkpoint;
 pub mod config;
 pub mod evaluate;
@@ -84,6 +85,7 @@ mod learner;
 mod parts;
 mod state;
 
+pub use cache::LogitCache;
 pub use config::{Config, LossConfig, RunOptions, Runs};
 pub use error::{Error, Result};
 pub use evaluate::{Evaluation, class_means, evaluate};

@@ -22,13 +22,14 @@ use std::sync::atomic::{AtomicBool, Ordering};
 use std::time::Instant;
 
 use candle_core::Tensor;
-use kd_core::{Batch, Cut, Mode, Model};
+use kd_core::{Batch, Cut, Mode, Model, Outputs};
 
+use crate::cache::Store;
 use crate::evaluate::{class_means_unless, evaluate_unless, on_device_of};
 use crate::events::{Event, Sink, Split};
 use crate::job::{Job, Outcome, Shared, Student, fingerprints};
 use crate::learner::{Learner, Lesson, Wants};
-use crate::parts;
+use crate::parts::{self, StringMap, fingerprint};
 use crate::run_dir::{self, Opened, RunDir};
 use crate::{Error, Evaluation, Result, checks};
 
@@ -79,6 +80,9 @@ pub fn train_all(shared: Shared, students: Vec<(Student, &mut dyn Sink)>, stop: 
             None => Seat::Done(Ok(Outcome::Interrupted { epoch: 0, step: 0 })),
         });
     }
+    if let Some((epochs, views)) = seats.iter().filter_map(Seat::learner).map(Learner::extent).reduce(|a, b| (a.0.max(b.0), a.1.max(b.1))) {
+        course.open_caches(epochs, views)?;
+    }
     let mut group = Group { course, seats };
     group.run()?;
     let outcome = |seat| match seat {
@@ -107,6 +111,8 @@ pub(crate) struct Course<'a> {
     means: Vec<Option<Tensor>>,
     /// How good the teachers are, likewise.
     verdicts: Option<(Split, Vec<Evaluation>)>,
+    /// The teachers' logits on the disk, where somebody keeps them.
+    stores: Vec<Option<Store>>,
     /// Bytes that the students so far will need on the disk.
     reserved: u64,
 }
@@ -116,7 +122,7 @@ impl<'a> Course<'a> {
         let models: Vec<_> = shared.teachers.iter().map(|t| Arc::clone(&t.model)).collect();
         let mut means = vec![None; models.len()];
         means.iter_mut().take(1).for_each(|first| first.clone_from(&shared.data.class_means));
-        Self { shared, models, stop, means, verdicts: None, reserved: 0 }
+        Self { shared, models, stop, means, verdicts: None, stores: vec![], reserved: 0 }
     }
 
     /// Batches of an epoch.
@@ -167,8 +173,27 @@ impl<'a> Course<'a> {
         self.reserved
     }
 
-    /// What the teachers say to a batch: of each view the cuts that somebody wants who looks at that view.
-    fn lesson(&self, batch: &Batch, all: &[&Wants]) -> Result<Lesson> {
+    /// Opens the teachers' caches for so many epochs and views.
+    fn open_caches(&mut self, epochs: usize, views: usize) -> Result<()> {
+        let data = &self.shared.data;
+        let size = [data.train.samples(), data.batch_size, data.classes];
+        for teacher in &self.shared.teachers {
+            let store = match &teacher.cache {
+                None => None,
+                Some(cache) => {
+                    let mut prints = StringMap::from([("data".to_string(), data.fingerprint.clone())]);
+                    prints.insert("teacher".to_string(), fingerprint(teacher.model.as_ref())?);
+                    prints.insert("seed".to_string(), self.shared.seed.to_string());
+                    Some(Store::open(cache.clone(), prints, size, epochs, views)?)
+                }
+            };
+            self.stores.push(store);
+        }
+        Ok(())
+    }
+
+    /// What the teachers say to the batch at `position`: of each view the cuts that somebody wants who looks at that view.
+    fn lesson(&mut self, (epoch, at): (usize, usize), batch: &Batch, all: &[&Wants]) -> Result<Lesson> {
         let mut lesson = vec![vec![]; self.models.len()];
         for (t, (teacher, outputs)) in self.models.iter().zip(&mut lesson).enumerate() {
             for (view, images) in batch.images.iter().enumerate() {
@@ -178,7 +203,19 @@ impl<'a> Course<'a> {
                 if cuts.is_empty() {
                     break;
                 }
-                outputs.push(teacher.run(&on_device_of(teacher.as_ref(), images)?, Cut::Input, &cuts, Mode::Eval)?.detach());
+                let mut store = self.stores[t].as_mut().filter(|_| cuts.contains(&Cut::Logits));
+                if let Some(store) = &mut store
+                    && cuts == [Cut::Logits]
+                    && let Some(logits) = store.find(epoch, view, at, batch)?
+                {
+                    outputs.push(Outputs::new([(Cut::Logits, logits)]));
+                    continue;
+                }
+                let mut said = teacher.run(&on_device_of(teacher.as_ref(), images)?, Cut::Input, &cuts, Mode::Eval)?.detach();
+                if let Some(store) = store {
+                    said.insert(Cut::Logits, store.keep(epoch, view, at, batch, said.logits()?)?);
+                }
+                outputs.push(said);
             }
         }
         Ok(lesson)
@@ -240,8 +277,9 @@ impl<'s> Group<'_, 's> {
         let waiting = begun.elapsed().as_secs_f64();
         let short = || Error::Refused(format!("the training set ended after {} of {} batches", position.1, self.course.batches()));
         let batch = batch.ok_or_else(short)?;
-        let here: Vec<&Wants> = self.learners().filter(|l| l.position() == position).map(Learner::wants).collect();
-        let lesson = self.course.lesson(&batch, &here)?;
+        let learners = self.seats.iter().filter_map(Seat::learner);
+        let here: Vec<&Wants> = learners.filter(|l| l.position() == position).map(Learner::wants).collect();
+        let lesson = self.course.lesson(position, &batch, &here)?;
         let common = begun.elapsed().as_secs_f64();
         self.visit(|l| l.position() == position, |learner, course| learner.learn(course, &batch, &lesson, waiting, common).map(|()| None));
         Ok(())

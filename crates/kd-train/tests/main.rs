@@ -2,6 +2,8 @@
 
 #![allow(clippy::print_stdout)] // how many fixtures were checked
 
+#[path = "main/cache.rs"]
+mod cache;
 #[path = "main/checks.rs"]
 mod checks;
 #[path = "main/config.rs"]

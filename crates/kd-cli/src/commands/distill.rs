@@ -10,8 +10,8 @@ use candle_core::{DType, Device};
 use kd_core::{Model, Rng};
 use kd_data::Splits;
 use kd_nn::Network;
-use kd_train::config::{TeacherConfig, TrainConfig};
-use kd_train::{Config, Objective, Outcome, RunPlace, RunResult, Runs, Shared, Sink, Student, Teacher};
+use kd_train::config::{CacheKind, TeacherConfig, TrainConfig};
+use kd_train::{Config, LogitCache, Objective, Outcome, RunPlace, RunResult, Runs, Shared, Sink, Student, Teacher};
 
 use crate::commands::init::QUICKSTART;
 use crate::terminal::Board;
@@ -172,7 +172,11 @@ fn distill(runs: &Runs, dir: &Path, args: &RunArgs, stop: &AtomicBool) -> Result
     }
     let built: Vec<Teacher> = teachers
         .iter()
-        .map(|(t, network, _)| Teacher { name: t.name.clone(), model: Arc::clone(network) as Arc<dyn Model>, weight: t.weight })
+        .map(|(t, network, _)| Teacher {
+            weight: t.weight,
+            cache: t.cache.map(|kind| session.cache(t, kind, &home)),
+            ..Teacher::new(t.name.as_str(), Arc::clone(network) as Arc<dyn Model>)
+        })
         .collect();
     let place = |config: &Config| match (several, runs.side_by_side) {
         (false, _) => dir.to_path_buf(),
@@ -324,6 +328,16 @@ impl Session<'_> {
         Ok((network, Some((result, own.train()?.len()))))
     }
 
+    /// Where a teacher's logits are kept.
+    fn cache(&self, teacher: &TeacherConfig, kind: CacheKind, home: &Path) -> LogitCache {
+        let dir = teacher.cache_dir.as_ref().map_or_else(|| home.join(format!("cache-{}", teacher.name)), PathBuf::from);
+        let augment = assemble::augmentation(&self.config.data).join(" ");
+        // Instruction sets round differently.
+        let precision = format!("{:?} on {:?}, {}", self.precision, kd_nn::Level::current(), self.config.device);
+        let inputs = [("augmentation", augment), ("precision", precision)].map(|(key, value)| (key.to_string(), value));
+        LogitCache { half: kind == CacheKind::LogitsF16, inputs: inputs.into(), ..LogitCache::new(dir) }
+    }
+
     /// Trains `config.student` in `place`.
     pub(crate) fn student(
         &self,
@@ -364,8 +378,15 @@ impl Session<'_> {
             networks.push(network);
             students.push((student, progress as &mut dyn Sink));
         }
-        let teachers = teachers.to_vec();
+        let teachers: Vec<Teacher> = teachers.to_vec();
         let data = assemble::data(shared, splits, views, &self.device)?;
+        let epochs = runs.iter().zip(&students).map(|(r, (s, _))| r.1.schedule.epochs + s.phase_epochs()).max().unwrap_or(0);
+        for Teacher { name, cache, .. } in &teachers {
+            if let Some(cache) = cache.as_ref().filter(|_| !self.args.quiet) {
+                let mib = cache.bytes(epochs, views, data.train.samples(), data.classes) as f64 / (1 << 20) as f64;
+                output::message(&format!("note: the logits of teacher {name} take {mib:.1} MiB in {}", cache.dir.display()));
+            }
+        }
         let failed = |e: kd_train::Error| match e.is_usage() {
             true => e.into(),
             false => anyhow::Error::new(RunFailed).context(e.to_string()),

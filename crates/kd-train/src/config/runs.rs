@@ -84,7 +84,7 @@ impl Runs {
                 return Err(own.error("name", format!("`run.{i}` has no `name`, which must be given"), None));
             };
             let plain = |c: char| c.is_ascii_alphanumeric() || "-_+.=".contains(c);
-            let taken = TAKEN.contains(&name) || name.starts_with("teacher-");
+            let taken = TAKEN.contains(&name) || ["teacher-", "cache-"].iter().any(|own| name.starts_with(own));
             if name.is_empty() || name.starts_with('.') || !name.chars().all(plain) || taken {
                 let message = format!("`run.{i}.name` is {name:?}, must be a folder's name of letters, digits and -_+.=");
                 return Err(own.error("name", message, taken.then(|| format!("the run directory has its own {name}"))));

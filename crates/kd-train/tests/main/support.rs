@@ -2,7 +2,7 @@
 
 use std::path::Path;
 use std::sync::Arc;
-use std::sync::atomic::{AtomicBool, Ordering};
+use std::sync::atomic::{AtomicBool, AtomicUsize, Ordering};
 
 use candle_core::{DType, Device, Tensor, Var};
 use kd_core::{
@@ -281,6 +281,48 @@ impl Method for Warm {
             _ => (step.student()?.embedding()? - adapted.logits()?.detach())?,
         };
         Ok(LossTerms::one(["own", "body"][phase], gap.sqr()?.mean_all()?))
+    }
+}
+
+/// Counts the passes through a frozen network.
+pub(crate) struct Counted {
+    inner: Arc<dyn Model>,
+    passes: Arc<AtomicUsize>,
+}
+
+impl Counted {
+    /// Puts itself around a teacher.
+    pub(crate) fn wrap(teacher: &mut Teacher) -> Arc<AtomicUsize> {
+        let passes = Arc::new(AtomicUsize::new(0));
+        teacher.model = Arc::new(Self { inner: teacher.model.clone(), passes: passes.clone() });
+        passes
+    }
+}
+
+impl Model for Counted {
+    fn spec(&self) -> &ModelSpec {
+        self.inner.spec()
+    }
+
+    fn run(&self, x: &Tensor, from: Cut, wanted: &[Cut], mode: Mode) -> kd_core::Result<Outputs> {
+        self.passes.fetch_add(1, Ordering::Relaxed);
+        self.inner.run(x, from, wanted, mode)
+    }
+
+    fn params(&self) -> Option<&Params> {
+        self.inner.params()
+    }
+
+    fn trainable(&self) -> Trainable {
+        self.inner.trainable()
+    }
+
+    fn classifier(&self) -> kd_core::Result<Classifier> {
+        self.inner.classifier()
+    }
+
+    fn as_any(&self) -> &dyn std::any::Any {
+        self
     }
 }
 

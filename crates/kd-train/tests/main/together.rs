@@ -1,13 +1,12 @@
 //! Students that learn side by side end as if each had been alone.
 
-use std::sync::Arc;
 use std::sync::atomic::{AtomicBool, AtomicUsize, Ordering};
 
 use candle_core::{DType, Tensor};
-use kd_core::{Cut, LossTerms, Method, Mode, Model, ModelSpec, Needs, Outputs, Params, Schedule, StepView, Trainable};
+use kd_core::{Cut, LossTerms, Method, Mode, Model, Needs, Schedule, StepView};
 use kd_train::{Error, Event, Objective, OptimConfig, Outcome, Result, RunOptions, RunPlace, Shared, Sink, Student, train_all};
 
-use crate::support::{Recipe, place, remains};
+use crate::support::{Counted, Recipe, place, remains};
 
 /// Recipes that differ in everything that a student has for itself.
 fn recipes() -> Vec<Recipe> {
@@ -172,46 +171,12 @@ fn a_student_that_fails_is_stopped_alone() {
     }
 }
 
-/// Counts the passes through a frozen network, and the cuts that they were for.
-struct Counted {
-    inner: Arc<dyn Model>,
-    passes: Arc<AtomicUsize>,
-}
-
-impl Model for Counted {
-    fn spec(&self) -> &ModelSpec {
-        self.inner.spec()
-    }
-
-    fn run(&self, x: &Tensor, from: Cut, wanted: &[Cut], mode: Mode) -> kd_core::Result<Outputs> {
-        self.passes.fetch_add(1, Ordering::Relaxed);
-        self.inner.run(x, from, wanted, mode)
-    }
-
-    fn params(&self) -> Option<&Params> {
-        self.inner.params()
-    }
-
-    fn trainable(&self) -> Trainable {
-        self.inner.trainable()
-    }
-
-    fn classifier(&self) -> kd_core::Result<kd_core::Classifier> {
-        self.inner.classifier()
-    }
-
-    fn as_any(&self) -> &dyn std::any::Any {
-        self
-    }
-}
-
 #[test]
 fn each_batch_passes_through_the_teacher_once() {
     let recipe = Recipe { methods: vec!["kd"], ..Recipe::default() };
     let passes = |n: usize| {
         let (mut shared, students) = together(&vec![recipe.clone(); n], vec![None; n]);
-        let count = Arc::new(AtomicUsize::new(0));
-        shared.teachers[0].model = Arc::new(Counted { inner: shared.teachers[0].model.clone(), passes: count.clone() });
+        let count = Counted::wrap(&mut shared.teachers[0]);
         run(shared, students, 0).unwrap();
         count.load(Ordering::Relaxed)
     };
@@ -220,8 +185,7 @@ fn each_batch_passes_through_the_teacher_once() {
     assert_eq!(passes(4), passes(1));
     // Nobody listens: only the evaluation.
     let (mut shared, students) = together(&[Recipe::default()], vec![None]);
-    let count = Arc::new(AtomicUsize::new(0));
-    shared.teachers[0].model = Arc::new(Counted { inner: shared.teachers[0].model.clone(), passes: count.clone() });
+    let count = Counted::wrap(&mut shared.teachers[0]);
     run(shared, students, 0).unwrap();
     assert_eq!(count.load(Ordering::Relaxed), 2);
 }
