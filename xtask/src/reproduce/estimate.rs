@@ -14,7 +14,7 @@ use super::table::{Row, Table};
 
 /// Classes, side and training images of the data sets that tables name.
 const DATA: [(&str, u64, u64, u64); 4] =
-    [("cifar100", 100, 32, 50_000), ("digits", 10, 8, 1297), ("tiny-imagenet", 200, 64, 100_000), ("folder", 1000, 224, 1_281_167)];
+    [("cifar100", 100, 32, 50_000), ("digits", 10, 8, 1297), ("tiny-imagenet", 200, 64, 100_000), ("imagefolder", 1000, 224, 1_281_167)];
 /// The first steps make buffers and plans.
 const COLD: usize = 3;
 

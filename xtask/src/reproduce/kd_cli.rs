@@ -110,8 +110,8 @@ pub(super) struct Registry {
     methods: BTreeMap<String, BTreeMap<String, Value>>,
     /// Views that a method with default parameters needs.
     views: BTreeMap<String, u64>,
-    /// Side of the input of each network.
-    models: BTreeMap<String, u64>,
+    /// Side of the input and parameters of each network.
+    models: BTreeMap<String, (u64, u64)>,
     /// Sources of data, and whether they take an argument.
     sources: BTreeMap<String, bool>,
 }
@@ -132,7 +132,8 @@ impl Registry {
                     registry.methods.insert(name, parameters);
                 }
                 Some("model") => {
-                    registry.models.insert(name, entry["needs"]["input"][1].as_u64().unwrap_or(32));
+                    let side = entry["needs"]["input"][1].as_u64().unwrap_or(32);
+                    registry.models.insert(name, (side, entry["parameters"]["params"].as_u64().unwrap_or(0)));
                 }
                 Some("dataset") => {
                     registry.sources.insert(name, entry["needs"]["argument"].as_str().is_some_and(|a| !a.is_empty()));
@@ -148,15 +149,44 @@ impl Registry {
         self.methods.get(method).into_iter().flatten()
     }
 
-    /// Views of an image that these losses need.
+    /// Views of an image that these losses need, wrapped ones included.
     pub(super) fn views(&self, losses: &[Map<String, Value>]) -> u64 {
-        let views = |l: &Map<String, Value>| self.views.get(l.get("method")?.as_str()?).copied();
-        losses.iter().filter_map(views).max().unwrap_or(1)
+        losses.iter().map(|l| self.views_of(&Value::Object(l.clone()))).max().unwrap_or(1)
+    }
+
+    /// Of a loss, or of one that wraps others by name or as a table.
+    fn views_of(&self, loss: &Value) -> u64 {
+        match loss {
+            Value::String(name) => self.views.get(name).copied().unwrap_or(1),
+            Value::Object(keys) => {
+                let inner =
+                    |(key, value): (&String, &Value)| (key == "method" || key == "base" || key == "distance").then(|| self.views_of(value));
+                keys.iter().filter_map(inner).max().unwrap_or(1)
+            }
+            _ => 1,
+        }
     }
 
     /// Side of the input of a network.
     pub(super) fn side(&self, model: &str) -> u64 {
-        self.models.get(model).copied().unwrap_or(32)
+        self.models.get(model).map_or(32, |m| m.0)
+    }
+
+    /// Parameters of a network.
+    pub(super) fn parameters(&self, model: &str) -> u64 {
+        self.models.get(model).map_or(0, |m| m.1)
+    }
+
+    /// Networks with at most so many parameters, small ones first.
+    pub(super) fn networks(&self, most: u64) -> Vec<&str> {
+        let mut all: Vec<(u64, &str)> = self.models.iter().map(|(name, m)| (m.1, name.as_str())).filter(|(n, _)| *n <= most).collect();
+        all.sort_unstable();
+        all.into_iter().map(|(_, name)| name).collect()
+    }
+
+    /// Every method.
+    pub(super) fn method_names(&self) -> impl Iterator<Item = &str> {
+        self.methods.keys().map(String::as_str)
     }
 
     /// Whether a source of data needs a place.

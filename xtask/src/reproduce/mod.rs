@@ -18,6 +18,7 @@ mod emit;
 mod estimate;
 mod execute;
 mod kd_cli;
+mod one_of_each;
 mod plan;
 mod plot;
 mod report;
@@ -42,7 +43,7 @@ use self::table::Table;
     after_help = "Examples:\n  cargo xtask reproduce list\n  cargo xtask reproduce seeds-digits\n  cargo xtask reproduce kdpp-cifar100 --rows 'resnet56-resnet20.*' --data cifar100:cifar-100-binary --teacher-weights resnet56=cifar100_resnet56.pth --budget short"
 )]
 pub(crate) struct Args {
-    /// The table, a file of configs/papers without its ending; or `list`
+    /// The table, a file of configs/papers without its ending; `list`; or `one-of-each`, the smallest row of every method and model family
     table: String,
     /// Rows to run, PAIR.METHOD with * and ?, several divided by commas; a bare method or pair will do
     #[arg(long, default_value = "*")]
@@ -98,10 +99,21 @@ pub(crate) fn run(args: &Args) -> Result<()> {
     if args.table == "list" {
         return list(args);
     }
-    let table = Table::load(&args.table)?;
+    let own = args.table == "one-of-each";
+    // A name that is no table is said before anything is built.
+    let mut table = if own { None } else { Some(Table::load(&args.table)?) };
     let kd_cli = KdCli::open(args.kd_cli.as_deref())?;
+    let (table, rows) = match table.take() {
+        Some(table) => {
+            let rows = table.rows(&args.rows)?;
+            (table, rows)
+        }
+        None => one_of_each::table(&kd_cli.registry)?,
+    };
     let settings = settings(args, &table)?;
-    let rows = table.rows(&args.rows)?;
+    if own && (settings.budget != Budget::Smoke || args.rows != "*") {
+        bail!("one-of-each is for --budget smoke, and all of its rows");
+    }
     let plan = plan::Plan::new(&table, rows, &settings, &kd_cli.registry)?;
     if args.estimate {
         return estimate::run(&table, &plan, &settings, &kd_cli);

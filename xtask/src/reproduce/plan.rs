@@ -64,25 +64,29 @@ pub(super) struct RowConfig {
 
 impl Plan {
     pub(super) fn new(table: &Table, rows: Vec<Row>, settings: &Settings, registry: &Registry) -> Result<Self> {
-        let source = source(table, settings, registry, &rows);
         let mut teachers = BTreeMap::new();
         let mut planned = Vec::new();
         for row in rows {
-            let config = match (registry.missing(&row), &source) {
+            let config = match (registry.missing(&row), source(table, settings, registry, &row)) {
                 (Some(reason), _) => Err(reason),
-                (None, Err(reason)) => Err(reason.clone()),
-                (None, Ok(source)) => row_config(table, &row, source, settings, registry, &mut teachers),
+                (None, Err(reason)) => Err(reason),
+                (None, Ok(source)) => row_config(table, &row, &source, settings, registry, &mut teachers),
             };
             planned.push(Planned { row, config });
         }
-        Ok(Self { train_limit: limit(table, settings), rows: planned, teachers, source: source.unwrap_or_else(|_| table.data.clone()) })
+        Ok(Self {
+            train_limit: limit(table, settings),
+            rows: planned,
+            teachers,
+            source: settings.data.clone().unwrap_or_else(|| table.data.clone()),
+        })
     }
 }
 
 /// What `kd-cli` is to open, or how to get it.
-fn source(table: &Table, settings: &Settings, registry: &Registry, rows: &[Row]) -> Result<String, String> {
+fn source(table: &Table, settings: &Settings, registry: &Registry, row: &Row) -> Result<String, String> {
     if settings.budget == Budget::Smoke {
-        let networks = rows.iter().flat_map(|r| r.teacher_model.iter().chain([&r.student]));
+        let networks = row.teacher_model.iter().chain([&row.student]);
         let side = if networks.map(|n| registry.side(n)).max() > Some(64) { 64 } else { 32 };
         return Ok(format!("noise:{SMOKE_IMAGES}x{side}x{SMOKE_IMAGES}"));
     }
@@ -112,8 +116,8 @@ fn how_to_get(source: &str) -> String {
         "tiny-imagenet" => {
             "curl -LO http://cs231n.stanford.edu/tiny-imagenet-200.zip && unzip tiny-imagenet-200.zip, then --data tiny-imagenet:tiny-imagenet-200".to_string()
         }
-        "folder" => {
-            "ImageNet's ILSVRC2012 is given to registered users of https://image-net.org; with its images in DIR/train/CLASS and DIR/val/CLASS, --data folder:DIR"
+        "imagefolder" => {
+            "ImageNet's ILSVRC2012 is given to registered users of https://image-net.org; with its images in DIR/train/CLASS and DIR/val/CLASS, --data imagefolder:DIR"
                 .to_string()
         }
         other => format!("--data {other}:DIR (kd-cli list datasets)"),

@@ -95,10 +95,10 @@ fn kd() -> String {
 }
 
 /// A network that teaches.
-#[derive(Debug, Deserialize)]
+#[derive(Debug, Default, Deserialize)]
 #[serde(deny_unknown_fields)]
 pub(super) struct Teacher {
-    /// Its name in kd's registry; default: the entry's.
+    /// Its name in kd's registry; default: the entry's own.
     pub(super) model: Option<String>,
     /// The published teacher's accuracy.
     pub(super) top1: Option<f64>,
