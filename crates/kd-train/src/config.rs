@@ -37,6 +37,7 @@ use std::path::Path;
 
 use kd_core::{MethodEntry, Schedule};
 use serde::de::{MapAccess, Visitor};
+use serde::ser::SerializeMap;
 use serde::{Deserialize, Deserializer, Serialize, Serializer};
 use serde_json::{Map, Value};
 
@@ -231,21 +232,19 @@ impl Default for RunOptions {
 }
 
 /// One `[[loss]]`.
-#[derive(Clone, Debug, PartialEq, Serialize)]
+#[derive(Clone, Debug, PartialEq)]
 pub struct LossConfig {
     /// Its name in the method registry.
     pub method: String,
     /// Its factor in the sum.
     pub weight: f64,
     /// Which of several teachers it learns from, by name; absent: the only one, or the weighted mean of the logits of all.
-    #[serde(skip_serializing_if = "Option::is_none")]
     pub teacher: Option<String>,
-    /// Epochs over which the factor grows to `weight`; 0: none.
+    /// Epochs over which the factor grows to `weight`; 0: none. A method with a parameter of this name has it for itself.
     pub warmup_epochs: usize,
     /// What the first epoch counts as in the warm-up: 1, or 0 for a first epoch without this loss.
     pub warmup_first_epoch: usize,
     /// The method's own parameters.
-    #[serde(flatten)]
     pub params: Map<String, Value>,
 }
 
@@ -259,7 +258,27 @@ impl LossConfig {
 /// More threads than any machine has cores; a slip of the finger asks for more.
 const MOST_THREADS: usize = 1024;
 
-const LOSS_KEYS: [&str; 5] = ["method", "weight", "teacher", "warmup_epochs", "warmup_first_epoch"];
+const WARMUP_EPOCHS: &str = "warmup_epochs";
+
+const LOSS_KEYS: [&str; 5] = ["method", "weight", "teacher", WARMUP_EPOCHS, "warmup_first_epoch"];
+
+// By hand: a method's own `warmup_epochs` stands in the place of the common one.
+impl Serialize for LossConfig {
+    fn serialize<S: Serializer>(&self, s: S) -> Result<S::Ok, S::Error> {
+        let mut map = s.serialize_map(None)?;
+        map.serialize_entry("method", &self.method)?;
+        map.serialize_entry("weight", &self.weight)?;
+        if let Some(teacher) = &self.teacher {
+            map.serialize_entry("teacher", teacher)?;
+        }
+        if !self.params.contains_key(WARMUP_EPOCHS) {
+            map.serialize_entry(WARMUP_EPOCHS, &self.warmup_epochs)?;
+        }
+        map.serialize_entry("warmup_first_epoch", &self.warmup_first_epoch)?;
+        self.params.iter().try_for_each(|(key, value)| map.serialize_entry(key, value))?;
+        map.end()
+    }
+}
 
 // By hand: serde's flatten would forget where the values were written.
 impl<'de> Deserialize<'de> for LossConfig {
@@ -279,7 +298,11 @@ impl<'de> Deserialize<'de> for LossConfig {
                         "method" => loss.method = map.next_value()?,
                         "weight" => loss.weight = map.next_value()?,
                         "teacher" => loss.teacher = map.next_value()?,
-                        "warmup_epochs" => loss.warmup_epochs = map.next_value()?,
+                        // Whose it is shows once the method is known.
+                        WARMUP_EPOCHS => {
+                            loss.warmup_epochs = map.next_value()?;
+                            loss.params.insert(key, loss.warmup_epochs.into());
+                        }
                         "warmup_first_epoch" => loss.warmup_first_epoch = map.next_value()?,
                         _ => {
                             loss.params.insert(key, map.next_value()?);
@@ -434,6 +457,11 @@ impl Check<'_> {
             let message = format!("`{}` is no known method", loss.method);
             return Err(self.tree.error(&own("method"), message, Some(did_you_mean(&loss.method, self.methods.iter().map(|m| m.name)))));
         };
+        if entry.parameters.iter().any(|p| p.name == WARMUP_EPOCHS) {
+            loss.warmup_epochs = 0;
+        } else {
+            loss.params.remove(WARMUP_EPOCHS);
+        }
         let known = |key: &str| entry.parameters.iter().any(|p| p.name == key);
         if let Some(key) = loss.params.keys().find(|key| !known(key)) {
             let names = LOSS_KEYS.iter().copied().chain(entry.parameters.iter().map(|p| p.name));

@@ -209,7 +209,7 @@ impl Registry {
             let Some(parameters) = self.methods.get(method) else {
                 return Some(format!("method missing: kd has no `{method}` (kd-cli list methods)"));
             };
-            let outer = ["method", "weight", "warmup_epochs", "warmup_first_epoch"];
+            let outer = ["method", "weight", "teacher", "warmup_epochs", "warmup_first_epoch"];
             if let Some(key) = loss.keys().find(|k| !outer.contains(&k.as_str()) && !parameters.contains_key(*k)) {
                 return Some(format!("method missing: `{method}` has no parameter `{key}` (kd-cli list methods)"));
             }

@@ -295,3 +295,32 @@ fn a_file_that_is_not_there_is_a_usage_error() {
     let error = Config::load(std::path::Path::new("no/such.toml"), &[], kd_losses::registry()).unwrap_err();
     assert!(error.is_usage() && error.to_string().contains("no/such.toml"), "{error}");
 }
+
+#[test]
+fn a_warm_up_of_the_methods_own_is_not_the_common_one() {
+    let teacher = "[teacher]\nmodel = \"resnet56\"\nweights = \"r56.pth\"\n[student]\nmodel = \"resnet20\"\n";
+    let read = |loss: &str| parse(&format!("{teacher}[[loss]]\n{loss}\n"), &[]).unwrap();
+    let own = read("method = \"kd_pp\"\nwarmup_epochs = 3");
+    assert_eq!((own.loss[0].warmup_epochs, &own.loss[0].params["warmup_epochs"]), (0, &3.into()));
+    assert_eq!(read("method = \"kd_pp\"\nwarmup_epochs = 0").loss[0].params["warmup_epochs"], 0);
+    assert_eq!(read("method = \"kd_pp\"").loss[0].params["warmup_epochs"], 20);
+    let common = read("method = \"kd\"\nwarmup_epochs = 3");
+    assert_eq!(common.loss[0].warmup_epochs, 3);
+    assert!(!common.loss[0].params.contains_key("warmup_epochs"));
+}
+
+#[test]
+fn every_methods_defaults_are_written_and_read_back() {
+    let mut read = 0;
+    for method in kd_losses::registry() {
+        let text = format!(
+            "[teacher]\nmodel = \"resnet56\"\nweights = \"r56.pth\"\n[student]\nmodel = \"resnet20\"\n[[loss]]\nmethod = {:?}\n",
+            method.name
+        );
+        let Ok(config) = parse(&text, &[]) else { continue };
+        let written = config.to_toml().unwrap();
+        assert_eq!(parse(&written, &[]).unwrap_or_else(|e| panic!("{}: {e}\n{written}", method.name)), config);
+        read += 1;
+    }
+    assert!(read >= 17, "{read} methods can be configured without parameters");
+}
