@@ -1,60 +1,25 @@
 //! One student of a group: what it trains, where it stands, and its run directory.
-//!
-//! A run goes through stages: the initial phases of its methods in order, then the main training. A stage has its own loss, cuts, trained
-//! parts, learning rate and optimiser, which starts afresh; epochs count on through all of them, so that a phase shares the batches with
-//! whatever the neighbours do at that time.
 
 use std::collections::BTreeMap;
 use std::sync::Arc;
 use std::time::Instant;
 
 use candle_core::{DType, Device, Tensor};
-use kd_core::{Batch, Cut, LossTerms, Mode, Model, Models, Needs, Outputs, Phase, Progress, Rng, Setup, StateDict, StepView, Trainable};
+use kd_core::{Batch, Cut, LossTerms, Mode, Model, Models, Outputs, Progress, Rng, Setup, StateDict, StepView};
 
 use crate::evaluate::evaluate_unless;
 use crate::events::{Event, Sink, Split, StepReport, Subject};
-use crate::job::{Objective, Outcome, Shared, Student, labels};
-use crate::optim::{Optimiser, Part, Target, clip_scale, grad_norm};
+use crate::job::{Objective, Outcome, Student, labels};
+use crate::optim::{Part, Target, clip_scale, grad_norm};
 use crate::parts::{self, fingerprint, home, tensors};
 use crate::run_dir::{Checkpoint, RunDir};
+use crate::stage::{Lead, Stage, Wants, parts_of};
 use crate::state::{Best, EpochRecord, Exported, RunResult, RunState};
 use crate::trainer::Course;
 use crate::{Error, Evaluation, Result, checks};
 
 /// The teachers' outputs on a batch, `[teacher][view]`, outside any graph.
 pub(crate) type Lesson = Vec<Vec<Outputs>>;
-
-/// What a stage wants computed.
-#[derive(Clone, Debug)]
-pub(crate) struct Wants {
-    /// The union over the methods that take part.
-    pub(crate) needs: Needs,
-    /// Cuts of each teacher.
-    pub(crate) teachers: Vec<Vec<Cut>>,
-    /// Whether some method sees the mean of several teachers' logits.
-    mean: bool,
-}
-
-/// An initial phase, and whose.
-struct Lead {
-    objective: usize,
-    /// Its index among the method's own.
-    index: usize,
-    phase: Phase,
-}
-
-/// A part of a run, with what it trains.
-struct Stage {
-    /// The initial phase, by its index among all; `None`: the main training.
-    lead: Option<usize>,
-    /// Its first epoch, of the whole run.
-    first: usize,
-    wants: Wants,
-    parts: Vec<Part>,
-    optimiser: Optimiser,
-    /// Whether it is known that the losses reach every parameter.
-    reached: bool,
-}
 
 /// A student at work.
 pub(crate) struct Learner<'s> {
@@ -122,11 +87,7 @@ impl<'s> Learner<'s> {
         if parts_of("student".to_string(), &own.model, vec![]).is_empty() {
             return Err(none());
         }
-        let phases = own.objectives.iter().enumerate().flat_map(|(objective, o)| {
-            let all = o.method.phases().into_iter().enumerate();
-            all.map(move |(index, phase)| Lead { objective, index, phase })
-        });
-        let leads: Vec<Lead> = phases.filter(|lead| lead.phase.epochs > 0).collect();
+        let leads = Lead::all(&own);
         let labels = labels(&own.objectives);
         let at = state.as_ref().map_or(0, |s| s.epoch);
         let mut learner = Self {
@@ -613,69 +574,6 @@ impl<'s> Learner<'s> {
     }
 }
 
-impl Stage {
-    /// The one that epoch `epoch` of the whole run belongs to, with its optimiser as it begins.
-    fn at(epoch: usize, own: &Student, labels: &[String], leads: &[Lead], sees: &[Option<usize>], shared: &Shared) -> Result<Self> {
-        let (mut first, mut lead) = (0, None);
-        for (i, l) in leads.iter().enumerate() {
-            if epoch < first + l.phase.epochs {
-                lead = Some(i);
-                break;
-            }
-            first += l.phase.epochs;
-        }
-        let wants = Wants::new(own, lead.map(|i| &leads[i]), sees, shared);
-        let phase = lead.map(|i| &leads[i]);
-        let unused = match phase {
-            Some(l) => l.phase.unused.clone(),
-            None => own.objectives.iter().flat_map(|o| o.method.unused()).collect(),
-        };
-        let mut parts = vec![];
-        // Nothing of it left to train: not even a decay moves it.
-        if !unused.iter().any(String::is_empty) {
-            parts.extend(parts_of("student".to_string(), &own.model, unused));
-        }
-        for (i, (objective, label)) in own.objectives.iter().zip(labels).enumerate() {
-            if phase.is_some_and(|l| l.objective != i) {
-                continue;
-            }
-            for (n, network) in objective.method.networks().iter().enumerate() {
-                if phase.is_none_or(|l| !l.phase.idle.contains(&n)) {
-                    parts.extend(parts_of(format!("{label}.network.{n}"), network, vec![]));
-                }
-            }
-            let vars = objective.method.vars().into_iter();
-            parts.extend(vars.map(|(name, var)| Part { name: format!("{label}.var.{name}"), target: Target::Var(var), unused: vec![] }));
-        }
-        Ok(Self { lead, first, wants, optimiser: Optimiser::new(&own.optim, parts.clone())?, parts, reached: false })
-    }
-}
-
-impl Wants {
-    /// Of an initial phase, or of all methods in the main training.
-    fn new(own: &Student, lead: Option<&Lead>, sees: &[Option<usize>], shared: &Shared) -> Self {
-        let all: Vec<(usize, Needs)> = match lead {
-            Some(lead) => vec![(lead.objective, lead.phase.needs.clone())],
-            None => own.objectives.iter().enumerate().map(|(i, o)| (i, o.method.needs())).collect(),
-        };
-        let mut teachers = vec![vec![]; shared.teachers.len()];
-        for (i, needs) in &all {
-            for (t, cuts) in teachers.iter_mut().enumerate() {
-                if sees[*i].map_or(shared.teachers[t].weight > 0.0, |seen| seen == t) {
-                    cuts.extend(&needs.teacher);
-                }
-            }
-        }
-        teachers.iter_mut().for_each(|cuts: &mut Vec<Cut>| {
-            cuts.sort_unstable();
-            cuts.dedup();
-        });
-        let mean = teachers.len() > 1 && all.iter().any(|(i, needs)| sees[*i].is_none() && !needs.teacher.is_empty());
-        let nothing = Needs { student: vec![], ..Needs::default() };
-        Self { needs: all.iter().fold(nothing, |sum, (_, needs)| sum.merge(needs)), teachers, mean }
-    }
-}
-
 /// The teachers as a method sees them: the one that it learns from, or all.
 fn seen_of(seen: Option<usize>, models: &[Arc<dyn Model>]) -> &[Arc<dyn Model>] {
     seen.map_or(models, |t| std::slice::from_ref(&models[t]))
@@ -690,16 +588,4 @@ fn non_finite(state: &RunState, what: String, value: f64, batch: &Batch) -> Erro
     let samples = batch.indices.to_dtype(DType::I64).and_then(|t| t.to_vec1::<i64>());
     let samples = samples.map_or("unknown".to_string(), |s| s.iter().map(i64::to_string).collect::<Vec<_>>().join(" "));
     Error::NonFinite { what, value, epoch: state.epoch, step: state.step, samples }
-}
-
-/// What of a network is trained.
-fn parts_of(name: String, network: &Arc<dyn Model>, unused: Vec<String>) -> Vec<Part> {
-    match network.trainable() {
-        Trainable::Frozen => vec![],
-        Trainable::Flat => vec![Part { name, target: Target::Network(Arc::clone(network)), unused }],
-        Trainable::Vars(vars) => {
-            let part = |(i, var)| Part { name: format!("{name}.var.{i}"), target: Target::Var(var), unused: vec![] };
-            vars.into_iter().enumerate().map(part).collect()
-        }
-    }
 }

@@ -83,6 +83,7 @@ mod error;
 mod job;
 mod learner;
 mod parts;
+mod stage;
 mod state;
 
 pub use cache::LogitCache;

@@ -28,9 +28,10 @@ use crate::cache::Store;
 use crate::evaluate::{class_means_unless, evaluate_unless, on_device_of};
 use crate::events::{Event, Sink, Split};
 use crate::job::{Job, Outcome, Shared, Student, fingerprints};
-use crate::learner::{Learner, Lesson, Wants};
+use crate::learner::{Learner, Lesson};
 use crate::parts::{self, StringMap, fingerprint};
 use crate::run_dir::{self, Opened, RunDir};
+use crate::stage::Wants;
 use crate::{Error, Evaluation, Result, checks};
 
 /// Trains to the end of the schedule, from wherever the run directory stands: nowhere, in the middle, or already there.
