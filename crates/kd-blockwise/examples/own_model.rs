@@ -144,6 +144,7 @@ fn main() -> Result<()> {
         models,
         classes: CLASSES,
         train_samples: b,
+        train_labels: None,
         batch_size: b,
         class_means: None,
         class_groups: None,

@@ -161,15 +161,24 @@ pub fn augmentation(data: &DataConfig) -> Vec<String> {
     data.augment.clone().unwrap_or_else(|| customary().iter().map(ToString::to_string).collect())
 }
 
+/// The augmentation of the second view, and any after it.
+fn strong_augmentation(data: &DataConfig) -> Vec<String> {
+    let stronger = || augmentation(data).into_iter().chain(["randaugment:2".to_string()]).collect();
+    data.augment_strong.clone().unwrap_or_else(stronger)
+}
+
 /// How the batches of a run are made: `views` copies of each training image, all tensors on `device`.
 fn loading(config: &Config, views: usize, device: &Device) -> Result<LoaderOptions> {
-    let augment = augmentation(&config.data);
-    let names: Vec<&str> = augment.iter().map(String::as_str).collect();
+    let parse = |list: Vec<String>| Pipeline::parse(&list.iter().map(String::as_str).collect::<Vec<_>>());
+    let mut augment = vec![parse(augmentation(&config.data))?];
+    if views > 1 || config.data.augment_strong.is_some() {
+        augment.push(parse(strong_augmentation(&config.data))?);
+    }
     Ok(LoaderOptions {
         batch_size: config.data.batch_size,
         seed: config.seed,
         views,
-        augment: vec![Pipeline::parse(&names)?],
+        augment,
         device: device.clone(),
         ..LoaderOptions::default()
     })

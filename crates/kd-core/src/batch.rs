@@ -34,6 +34,11 @@ pub trait BatchSource: Send {
     /// Samples of one epoch.
     fn samples(&self) -> usize;
 
+    /// The class of each sample by its index, where it is known without reading the images.
+    fn labels(&self) -> Option<&[u32]> {
+        None
+    }
+
     /// Batches of one epoch; the last one may be shorter than the others.
     fn batches(&self) -> usize;
 

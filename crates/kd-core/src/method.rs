@@ -112,6 +112,8 @@ pub struct Setup<'a> {
     pub classes: usize,
     /// Samples of the training set.
     pub train_samples: usize,
+    /// The class of each of them, where the source of the batches tells.
+    pub train_labels: Option<&'a [u32]>,
     /// Samples of a full batch.
     pub batch_size: usize,
     /// `[K,D_t]`, when [`Needs::class_means`] asked for it.

@@ -189,6 +189,11 @@ impl BatchSource for Loader {
         if self.plan.options.drop_last { self.batches() * self.plan.options.batch_size } else { self.plan.data.len() }
     }
 
+    /// With `drop_last`, of all samples, though not all are part of every epoch.
+    fn labels(&self) -> Option<&[u32]> {
+        Some(self.plan.data.labels())
+    }
+
     fn batches(&self) -> usize {
         let (n, size) = (self.plan.data.len(), self.plan.options.batch_size);
         if self.plan.options.drop_last { n / size } else { n.div_ceil(size) }

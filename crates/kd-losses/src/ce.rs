@@ -10,7 +10,11 @@
 //! | `z` | student logits | `[B,K]` |
 //! | `q` | one-hot labels, or soft targets (mixup, cutmix) | labels `[B]` integers, or `[B,K]` probabilities |
 //!
-//! Term: `ce`, the only one tagged [`Tag::Task`]. No parameters; its weight is that of its `[[loss]]` entry:
+//! | parameter | default | range | |
+//! |---|---|---|---|
+//! | `view` | 0 | 0..=7 | which augmented view of the samples is classified; MLLD classifies both of its views |
+//!
+//! Term: `ce`, the only one tagged [`Tag::Task`]. Its weight is that of its `[[loss]]` entry:
 //!
 //! | recipe | weight of `ce` |
 //! |---|---|
@@ -31,17 +35,27 @@
 //! ```
 
 use candle_core::Tensor;
-use kd_core::{LossTerms, Method, MethodEntry, Needs, ParityInputs, ParityOutput, Result, StepView, Tag};
+use kd_core::{Error, LossTerms, Method, MethodEntry, Needs, ParamDoc, ParityInputs, ParityOutput, Result, StepView, Tag};
 use serde::{Deserialize, Serialize};
 
 use crate::labels::{self, Labels};
 use crate::registry::{parity_labels, parse};
 use crate::{inputs, softmax};
 
-/// No parameters.
+/// Parameters; see the [module](self).
 #[derive(Clone, Debug, Default, PartialEq, Serialize, Deserialize)]
-#[serde(deny_unknown_fields)]
-pub struct Params {}
+#[serde(deny_unknown_fields, default)]
+pub struct Params {
+    /// Which view of the samples is classified, from 0.
+    pub view: usize,
+}
+
+impl Params {
+    /// Refuses values out of range, naming key, value and range.
+    pub fn validate(&self) -> Result<()> {
+        if self.view <= 7 { Ok(()) } else { Err(Error::param("view", self.view, "in 0..=7")) }
+    }
+}
 
 /// Cross-entropy of `student` `[B,K]` with `labels`, class indices `[B]` or class probabilities `[B,K]`.
 ///
@@ -54,7 +68,9 @@ pub fn ce(student: &Tensor, labels: &Tensor) -> Result<LossTerms> {
     Ok(LossTerms::new().with_tag("ce", ce, 1.0, Tag::Task))
 }
 
-struct Ce;
+struct Ce {
+    params: Params,
+}
 
 impl Method for Ce {
     fn name(&self) -> &'static str {
@@ -62,11 +78,13 @@ impl Method for Ce {
     }
 
     fn needs(&self) -> Needs {
-        Needs::supervised()
+        Needs { views: self.params.view + 1, ..Needs::supervised() }
     }
 
     fn loss(&mut self, step: &StepView<'_>) -> Result<LossTerms> {
-        ce(step.student()?.logits()?, labels::of(step.batch))
+        let view = self.params.view;
+        let student = step.student.get(view).ok_or_else(|| Error::missing(ENTRY.name, format!("the student's outputs on view {view}")))?;
+        ce(student.logits()?, labels::of(step.batch))
     }
 }
 
@@ -81,8 +99,8 @@ pub const ENTRY: MethodEntry = MethodEntry {
     about: "cross-entropy with the labels",
     source: "standard",
     year: 1989,
-    parameters: &[],
-    build: |params| parse::<Params>(params, |_| Ok(())).map(|_| Box::new(Ce) as Box<dyn Method>),
+    parameters: &[ParamDoc { name: "view", default: "0", range: "0..=7", about: "which augmented view is classified" }],
+    build: |params| Ok(Box::new(Ce { params: parse(params, Params::validate)? })),
     parity,
     raw_terms: false,
 };

@@ -42,8 +42,8 @@ use std::sync::Arc;
 
 use candle_core::{Tensor, Var};
 use kd_core::{
-    Cut, Error, LossTerms, Method, MethodEntry, Model, Needs, Outputs, ParamDoc, ParityInputs, ParityOutput, Phase, Result, Setup,
-    StateDict, StepView,
+    Cut, Error, LossTerms, Method, MethodEntry, Model, Needs, Outputs, ParamDoc, ParityInputs, ParityOutput, Result, Setup, StateDict,
+    StepView,
 };
 use serde::{Deserialize, Serialize};
 use serde_json::{Map, Value};
@@ -187,10 +187,6 @@ impl Method for LogitStandardization {
         self.base.vars()
     }
 
-    fn phases(&self) -> Vec<Phase> {
-        self.base.phases()
-    }
-
     fn idle(&self, epoch: usize) -> Vec<usize> {
         self.base.idle(epoch)
     }
@@ -236,7 +232,7 @@ fn parity(inputs: &ParityInputs) -> Result<ParityOutput> {
     }
     let mut tensors = inputs.tensors.clone();
     for (name, tensor) in &mut tensors {
-        if name.starts_with("student.") || name.starts_with("teacher.") {
+        if matches!(name.as_str(), "student.logits" | "teacher.logits") {
             *tensor = standardized(tensor, &params)?;
         }
     }

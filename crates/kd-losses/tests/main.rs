@@ -9,4 +9,5 @@ mod main {
     mod golden_anchors;
     mod methods;
     mod properties;
+    mod steps;
 }

@@ -131,6 +131,9 @@ pub struct DataConfig {
     /// Augmentations in order; absent: what the data set's registry entry says.
     #[serde(skip_serializing_if = "Option::is_none")]
     pub augment: Option<Vec<String>>,
+    /// The same for the second view, of methods that want one (mlld); absent: `augment`, then `randaugment:2`.
+    #[serde(skip_serializing_if = "Option::is_none")]
+    pub augment_strong: Option<Vec<String>>,
     /// Samples to train on, a class-balanced subset; 0: all.
     pub train_limit: usize,
     /// Share of the training labels replaced by random ones.
@@ -141,7 +144,15 @@ pub struct DataConfig {
 
 impl Default for DataConfig {
     fn default() -> Self {
-        Self { source: "digits".to_string(), batch_size: 64, augment: None, train_limit: 0, label_noise: 0.0, validation: 0.0 }
+        Self {
+            source: "digits".to_string(),
+            batch_size: 64,
+            augment: None,
+            augment_strong: None,
+            train_limit: 0,
+            label_noise: 0.0,
+            validation: 0.0,
+        }
     }
 }
 

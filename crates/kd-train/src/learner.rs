@@ -75,6 +75,7 @@ impl<'s> Learner<'s> {
             models: Models { student: own.model.as_ref(), teachers: seen_of(sees[i], models) },
             classes: shared.data.classes,
             train_samples: shared.data.train.samples(),
+            train_labels: shared.data.train.labels(),
             batch_size: shared.data.batch_size,
             class_means: sees[i].and_then(|t| class_means.get(&t)),
             class_groups: shared.data.class_groups.as_deref(),

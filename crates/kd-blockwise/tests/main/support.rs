@@ -125,6 +125,7 @@ impl Bench {
             models: self.models(),
             classes: K,
             train_samples: 100,
+            train_labels: None,
             batch_size: B,
             class_means: None,
             class_groups: None,

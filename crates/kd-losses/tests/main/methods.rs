@@ -74,6 +74,7 @@ impl Bench {
             models: self.models(),
             classes: K,
             train_samples: 100,
+            train_labels: None,
             batch_size,
             class_means: needs.class_means.then_some(&self.means),
             class_groups: needs.class_groups.then_some(&self.groups),
