@@ -9,5 +9,6 @@ mod main {
     mod golden_anchors;
     mod methods;
     mod properties;
+    mod stages;
     mod steps;
 }
