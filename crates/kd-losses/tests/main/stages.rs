@@ -87,6 +87,7 @@ impl Bench {
             models: self.models(),
             classes: K,
             train_samples: self.samples,
+            train_labels: None,
             batch_size: self.batch_size,
             class_means: None,
             class_groups: None,
