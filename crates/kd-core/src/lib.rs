@@ -22,7 +22,7 @@ pub mod registry;
 pub mod rng;
 pub mod schedule;
 
-pub use batch::{Batch, BatchSource};
+pub use batch::{Batch, BatchSource, UNLABELLED};
 pub use cut::Cut;
 pub use error::{Error, Result};
 pub use method::{LossTerms, Method, Models, Needs, Phase, Progress, Setup, StateDict, StepView, Tag, Term};

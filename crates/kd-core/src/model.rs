@@ -115,6 +115,12 @@ impl Outputs {
     pub fn detach(&self) -> Self {
         Self { found: self.found.iter().map(|(c, t)| (*c, t.detach())).collect() }
     }
+
+    /// The samples at the positions `rows` `[L]`, in that order, within the graph.
+    pub fn rows(&self, rows: &Tensor) -> Result<Self> {
+        let found = self.found.iter().map(|(c, t)| Ok((*c, t.contiguous()?.index_select(rows, 0)?)));
+        Ok(Self { found: found.collect::<Result<_>>()? })
+    }
 }
 
 /// How a network's parameters are trained.

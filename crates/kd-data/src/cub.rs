@@ -7,13 +7,14 @@
 //!              train_test_split.txt     IMAGE-ID 1|0           1: training
 //!              classes.txt              CLASS-ID NAME
 //! ```
+//! Classes whose names end in the same word (the five woodpeckers) are a group.
 
 use std::collections::BTreeMap;
 
 use crate::files::{Layout, imagenet_normalise};
 use crate::published::Listing;
 use crate::registry::SourceEntry;
-use crate::{Result, Splits};
+use crate::{Result, Splits, groups};
 
 pub(crate) const ENTRY: SourceEntry = SourceEntry {
     name: "cub200",
@@ -50,5 +51,6 @@ fn open(path: &str) -> Result<Splits> {
             _ => return Err(missing("train_test_split.txt", "neither 1 nor 0 is the set")),
         }
     }
-    Layout { class_names, train, validation: None, test: Some(test) }.open("cub200", imagenet_normalise(), set.root)
+    let groups = Some(groups::by_last_word(&class_names));
+    Layout { class_names, groups, train, validation: None, test: Some(test) }.open("cub200", imagenet_normalise(), set.root)
 }

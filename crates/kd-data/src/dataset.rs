@@ -201,7 +201,7 @@ impl Dataset {
         lists
     }
 
-    fn hash(&self, hasher: &mut Sha256) {
+    pub(crate) fn hash(&self, hasher: &mut Sha256) {
         hasher.update((self.len() as u64).to_le_bytes());
         for extent in self.info.shape {
             hasher.update((extent as u64).to_le_bytes());
@@ -252,6 +252,41 @@ impl Splits {
     /// With what is missing, when there is none.
     pub fn test(&self) -> Result<&Dataset> {
         self.test.as_ref().map_err(|why| self.no_split("test", why))
+    }
+
+    /// The same sets with another mean and deviation.
+    ///
+    /// # Errors
+    /// Lists that do not fit the images, a deviation of 0 (a channel of one value).
+    pub fn with_normalise(self, normalise: Normalise) -> Result<Self> {
+        normalise.check(self.info.shape[0])?;
+        let info = Info { normalise, ..(*self.info).clone() };
+        Ok(self.with_info(info))
+    }
+
+    /// The same sets with a group for each class.
+    ///
+    /// # Errors
+    /// A list that has not one entry a class.
+    pub fn with_groups(self, groups: Vec<i64>) -> Result<Self> {
+        let classes = self.info.class_names.len();
+        if groups.len() != classes {
+            return Err(Error::option(
+                "class_groups",
+                format!("{} entries", groups.len()),
+                format!("one for each of the {classes} classes"),
+            ));
+        }
+        let info = Info { groups: Some(groups), ..(*self.info).clone() };
+        Ok(self.with_info(info))
+    }
+
+    fn with_info(mut self, info: Info) -> Self {
+        self.info = Arc::new(info);
+        for set in [self.train.as_mut().ok(), self.validation.as_mut(), self.test.as_mut().ok()].into_iter().flatten() {
+            set.info = Arc::clone(&self.info);
+        }
+        self
     }
 
     fn no_split(&self, split: &'static str, why: &str) -> Error {

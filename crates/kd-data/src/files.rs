@@ -23,6 +23,7 @@ pub(crate) type Labelled = Vec<(Entry, u32)>;
 /// The files of a data set.
 pub(crate) struct Layout {
     pub(crate) class_names: Vec<String>,
+    pub(crate) groups: Option<Vec<i64>>,
     pub(crate) train: Labelled,
     pub(crate) validation: Option<Labelled>,
     /// Without it, a part of the training set is held out.
@@ -36,7 +37,8 @@ impl Layout {
         let entries = lists.iter().map(|list| list.iter().flatten().map(|(e, _)| e).collect::<Vec<_>>());
         let size = common_size(&root, entries)?;
         let [height, width] = size.unwrap_or(DEFAULT_SIZE);
-        let info = Info { name: name.to_string(), shape: [3, height, width], class_names: self.class_names, normalise, groups: None };
+        let (class_names, groups) = (self.class_names, self.groups);
+        let info = Info { name: name.to_string(), shape: [3, height, width], class_names, normalise, groups };
         let info = Arc::new(info);
         let set = |list: Labelled| {
             let (entries, labels) = list.into_iter().unzip();
@@ -55,7 +57,7 @@ impl Layout {
 }
 
 /// The `[H,W]` that all images of all sets have, as far as was looked; `None` where they differ.
-fn common_size<'a>(root: &Root, sets: impl Iterator<Item = Vec<&'a Entry>>) -> Result<Option<[usize; 2]>> {
+pub(crate) fn common_size<'a>(root: &Root, sets: impl Iterator<Item = Vec<&'a Entry>>) -> Result<Option<[usize; 2]>> {
     let mut common = None;
     for set in sets {
         for entry in set.iter().step_by(set.len().div_ceil(PROBES).max(1)) {
@@ -76,9 +78,9 @@ pub(crate) fn imagenet_normalise() -> Normalise {
 /// The image files of one set.
 #[derive(Debug)]
 pub(crate) struct Files {
-    root: Arc<Root>,
-    entries: Vec<Entry>,
-    size: Option<[usize; 2]>,
+    pub(crate) root: Arc<Root>,
+    pub(crate) entries: Vec<Entry>,
+    pub(crate) size: Option<[usize; 2]>,
 }
 
 impl Files {

@@ -3,6 +3,7 @@
 //! ```text
 //! PATH/SPLIT/CLASS/*.{png,jpg,jpeg,webp}      SPLIT: train (training); val (valid, validation); test
 //! PATH/CLASS/*.{png,jpg,jpeg,webp}            no splits
+//! PATH/unlabelled/*                           beside the splits: left alone here
 //! ```
 //! All of it may lie in one more folder, as it often does in archives; images may lie deeper within their class. Classes are the folders' names,
 //! sorted. With both `val` and `test`, `val` is for model selection; with one of them, that is the test set. With neither, a fifth of each class
@@ -36,7 +37,7 @@ fn open(path: &str) -> Result<Splits> {
 }
 
 /// Whether a name is an image's.
-fn is_image(name: &str) -> bool {
+pub(crate) fn is_image(name: &str) -> bool {
     let extension = name.rsplit_once('.').map(|(_, e)| e.to_ascii_lowercase());
     extension.is_some_and(|e| EXTENSIONS.contains(&e.as_str()))
 }
@@ -49,6 +50,11 @@ fn split_name(name: &str) -> Option<&'static str> {
         "test" => Some("test"),
         _ => None,
     }
+}
+
+/// A folder beside the splits for images of no class; [`Unlabelled`](crate::Unlabelled) opens it.
+fn is_unlabelled(name: &str) -> bool {
+    matches!(name.to_ascii_lowercase().as_str(), "unlabelled" | "unlabeled")
 }
 
 fn layout(root: &Root, entries: Vec<Entry>) -> Result<Layout> {
@@ -69,7 +75,7 @@ fn layout(root: &Root, entries: Vec<Entry>) -> Result<Layout> {
         let (split, rest) = match (has_splits, split_name(first)) {
             (false, _) => ("train", below.as_str()),
             (true, Some(split)) => (split, rest),
-            (true, None) if entry.name.ends_with('/') => continue,
+            (true, None) if entry.name.ends_with('/') || is_unlabelled(first) => continue,
             (true, None) => return refuse(first, "a folder beside train, val and test that is none of them"),
         };
         let classes = splits.entry(split).or_default();
@@ -114,7 +120,7 @@ fn layout(root: &Root, entries: Vec<Entry>) -> Result<Layout> {
     };
     let (train, val, test) = (labelled("train").unwrap_or_default(), labelled("val"), labelled("test"));
     let (validation, test) = if test.is_some() { (val, test) } else { (None, val) };
-    Ok(Layout { class_names, train, validation, test })
+    Ok(Layout { class_names, groups: None, train, validation, test })
 }
 
 /// The first part of a name below `base`.

@@ -2,11 +2,13 @@
 //!
 //! | module | holds |
 //! |---|---|
-//! | [`registry`] | the sources ([`open`]): `digits` (embedded), CIFAR, MNIST, STL-10, Tiny ImageNet, CUB-200-2011, Stanford Cars, and `imagefolder:PATH` for your own |
+//! | [`registry`] | the sources ([`open`]): `digits` (embedded), CIFAR, MNIST, STL-10, Tiny ImageNet, CUB-200-2011, Stanford Cars, the Hub, and `imagefolder:PATH` for your own |
 //! | [`dataset`] | [`Dataset`]: images and labels; [`Splits`]; [`Info`] |
 //! | [`select`] | [`Options`]: validation split, class-balanced training subset, label noise |
 //! | [`transforms`] | [`Pipeline`]: augmentation written as strings, one file a transform |
 //! | [`loader`] | [`Loader`]: batches, prefetched by a thread of its own |
+//! | [`unlabelled`] | [`Unlabelled`]: images of no class that join a training set |
+//! | [`groups`] | groups of classes: by the last word of their names, or from a file |
 //!
 //! Invariant: the order of the samples and what happens to each is a function of (seed, epoch, sample, view), never of threads or of what was
 //! drawn before. A run that resumes in the middle of an epoch sees the same bits.
@@ -33,6 +35,8 @@ mod digits;
 pub mod error;
 mod files;
 mod folder;
+pub mod groups;
+mod hub;
 mod idx;
 pub mod image;
 pub mod loader;
@@ -46,12 +50,14 @@ mod stanford_cars;
 mod stl10;
 mod tiny_imagenet;
 pub mod transforms;
+pub mod unlabelled;
 
 pub use dataset::{Dataset, Info, Normalise, Splits};
 pub use error::{Error, Result};
 pub use image::Image;
 pub use loader::{Loader, LoaderOptions};
-pub use registry::{SOURCES, SourceEntry, open};
+pub use registry::{SOURCES, SourceEntry, absolute, open};
 pub use select::Options;
 pub use transforms::mix::Mix;
 pub use transforms::{Pipeline, Step, TRANSFORMS, Transform, TransformEntry};
+pub use unlabelled::Unlabelled;

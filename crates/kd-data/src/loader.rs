@@ -8,6 +8,10 @@
 //!
 //! Images in files are decoded for each batch. Those decoded first stay in memory, as they are after the steps of `augment` that hold no chance,
 //! until `cache_bytes` are used up; what is kept changes the speed alone.
+//!
+//! Images without labels ([`LoaderOptions::unlabelled`]) are samples `N`, `N + 1`, .. after the `N` labelled ones, with the label
+//! [`UNLABELLED`](kd_core::UNLABELLED). Each kind has a random order of its own (the labelled one's is what it would be alone); the two are
+//! merged evenly, so that every batch has the same number of labelled samples, give or take one. A last batch that is not full is left out.
 
 use std::sync::atomic::{AtomicUsize, Ordering};
 use std::sync::mpsc::{Receiver, sync_channel};
@@ -16,11 +20,11 @@ use std::thread::JoinHandle;
 use std::time::{Duration, Instant};
 
 use candle_core::{DType, Device, Tensor, WithDType};
-use kd_core::{Batch, BatchSource, Rng};
+use kd_core::{Batch, BatchSource, Rng, UNLABELLED};
 use rayon::prelude::*;
 
 use crate::files::TO_DEFAULT_SIZE;
-use crate::{Dataset, Error, Image, Normalise, Pipeline, Result};
+use crate::{Dataset, Error, Image, Normalise, Pipeline, Result, Unlabelled, unlabelled};
 
 /// How a [`Loader`] makes batches.
 #[derive(Clone, Debug)]
@@ -48,6 +52,8 @@ pub struct LoaderOptions {
     pub device: Device,
     /// Mean and deviation other than the data set's own.
     pub normalise: Option<Normalise>,
+    /// Images of no class that join the training set; see the [module](self).
+    pub unlabelled: Option<Unlabelled>,
 }
 
 impl Default for LoaderOptions {
@@ -64,6 +70,7 @@ impl Default for LoaderOptions {
             dtype: DType::F32,
             device: Device::Cpu,
             normalise: None,
+            unlabelled: None,
         }
     }
 }
@@ -91,7 +98,17 @@ impl Loader {
     /// As [`Loader::train`].
     pub fn eval(data: &Dataset, options: &LoaderOptions) -> Result<Self> {
         let augment = options.augment.first().map(Pipeline::at_evaluation).into_iter().collect();
-        Self::new(data, LoaderOptions { views: 1, augment, drop_last: false, ..options.clone() }, false)
+        Self::new(data, LoaderOptions { views: 1, augment, drop_last: false, unlabelled: None, ..options.clone() }, false)
+    }
+
+    /// A loader for statistics under augmentation: every sample once, in the data set's order, augmented as the first view of an epoch is,
+    /// mixtures left out.
+    ///
+    /// # Errors
+    /// As [`Loader::train`].
+    pub fn augmented(data: &Dataset, options: &LoaderOptions) -> Result<Self> {
+        let augment = options.augment.first().map(Pipeline::without_mixes).into_iter().collect();
+        Self::new(data, LoaderOptions { views: 1, augment, drop_last: false, unlabelled: None, ..options.clone() }, false)
     }
 
     fn new(data: &Dataset, options: LoaderOptions, shuffle: bool) -> Result<Self> {
@@ -111,6 +128,7 @@ impl Loader {
         normalise.check(channels)?;
         let table = normalise.table();
 
+        let options = join(data, options)?;
         let list = |v| options.augment.get(v).or(options.augment.last()).cloned().unwrap_or_default();
         let sized = (0..options.views).map(|v| to_one_size(list(v), data)).collect::<Result<Vec<_>>>()?;
         let size = sized[0].1;
@@ -120,7 +138,8 @@ impl Loader {
         let views: Vec<Pipeline> = sized.into_iter().map(|(view, _)| view).collect();
         let fixed = views.iter().map(|v| views[0].common_fixed_steps(v)).min().unwrap_or(0);
 
-        let in_files = data.file(0).is_some();
+        let samples = data.len() + options.unlabelled.as_ref().map_or(0, Unlabelled::len);
+        let in_files = data.file(0).is_some() || options.unlabelled.as_ref().is_some_and(|u| u.images().file(0).is_some());
         let threads = match options.threads {
             0 if in_files => std::thread::available_parallelism().map_or(1, usize::from),
             n => n,
@@ -129,7 +148,7 @@ impl Loader {
             let built = rayon::ThreadPoolBuilder::new().num_threads(threads).thread_name(|i| format!("kd-data-{i}")).build();
             built.map_err(|e| Error::Loader(format!("cannot start {threads} loader threads: {e}")))
         });
-        let cache = in_files.then(|| Cache::new(data.len(), options.cache_bytes));
+        let cache = in_files.then(|| Cache::new(samples, options.cache_bytes));
         let shape = [channels, size[0], size[1]];
         let plan = Plan { data: data.clone(), options, shuffle, shape, views, fixed, table, pool: pool.transpose()?, cache };
         Ok(Self { plan: Arc::new(plan), epoch: None, waited: Duration::ZERO })
@@ -184,9 +203,37 @@ fn to_one_size(list: Pipeline, data: &Dataset) -> Result<(Pipeline, [usize; 2])>
     Ok((list, size))
 }
 
+/// What images without labels ask of the other options.
+fn join(data: &Dataset, options: LoaderOptions) -> Result<LoaderOptions> {
+    let Some(unlabelled) = &options.unlabelled else { return Ok(options) };
+    let (labelled, all) = (data.len(), data.len() + unlabelled.len());
+    if options.augment.first().is_some_and(|list| !list.mixes().is_empty()) {
+        return Err(Error::option("augment", "a list with mixup or cutmix", "one without: images that have no label have none to mix"));
+    }
+    let [from, to] = [unlabelled.images(), data].map(|set| set.info().shape[0]);
+    if from != to && !matches!((from, to), (3, 1) | (1, _)) {
+        return Err(Error::option(
+            "unlabelled",
+            format!("images of {from} channels"),
+            format!("images of {to} channels, as the labelled ones"),
+        ));
+    }
+    // Two labelled samples in every batch: batch norm on an embedding needs as many.
+    if options.batch_size * labelled / all < 2 {
+        let least = (2 * all).div_ceil(labelled);
+        let allowed =
+            format!("at least {least}, so that every batch has two of the {labelled} labelled among {all} images, and at most {all}");
+        return Err(Error::option("batch_size", options.batch_size, allowed));
+    }
+    if options.batch_size > all {
+        return Err(Error::option("batch_size", options.batch_size, format!("at most {all}, the images with and without labels")));
+    }
+    Ok(LoaderOptions { drop_last: true, ..options })
+}
+
 impl BatchSource for Loader {
     fn samples(&self) -> usize {
-        if self.plan.options.drop_last { self.batches() * self.plan.options.batch_size } else { self.plan.data.len() }
+        if self.plan.options.drop_last { self.batches() * self.plan.options.batch_size } else { self.plan.len() }
     }
 
     /// With `drop_last`, of all samples, though not all are part of every epoch.
@@ -195,8 +242,16 @@ impl BatchSource for Loader {
     }
 
     fn batches(&self) -> usize {
-        let (n, size) = (self.plan.data.len(), self.plan.options.batch_size);
+        let (n, size) = (self.plan.len(), self.plan.options.batch_size);
         if self.plan.options.drop_last { n / size } else { n.div_ceil(size) }
+    }
+
+    fn records(&self) -> usize {
+        self.plan.len()
+    }
+
+    fn unlabelled(&self) -> usize {
+        self.plan.len() - self.plan.data.len()
     }
 
     fn start(&mut self, epoch: usize, first: usize) -> kd_core::Result<()> {
@@ -303,11 +358,37 @@ struct Buffers {
 }
 
 impl Plan {
+    /// All samples, with and without labels.
+    fn len(&self) -> usize {
+        self.data.len() + self.options.unlabelled.as_ref().map_or(0, Unlabelled::len)
+    }
+
     fn order(&self, epoch: usize) -> Vec<u32> {
-        match self.shuffle {
-            true => self.rng("order", epoch).permutation(self.data.len()),
-            false => (0..self.data.len() as u32).collect(),
+        let (labelled, all) = (self.data.len(), self.len());
+        let order = |purpose, n| match self.shuffle {
+            true => self.rng(purpose, epoch).permutation(n),
+            false => (0..n as u32).collect(),
+        };
+        let first = order("order", labelled);
+        if all == labelled {
+            return first;
         }
+        let (mut first, mut second) = (first.into_iter(), order("unlabelled", all - labelled).into_iter().map(|i| i + labelled as u32));
+        // The labelled ones are where k labelled / all passes a whole number.
+        let whole = |k: usize| k as u128 * labelled as u128 / all as u128;
+        (0..all).filter_map(|k| if whole(k + 1) > whole(k) { first.next() } else { second.next() }).collect()
+    }
+
+    /// The set that holds `sample`, and its place there.
+    fn set_of(&self, sample: usize) -> (&Dataset, usize) {
+        match (sample.checked_sub(self.data.len()), &self.options.unlabelled) {
+            (Some(place), Some(unlabelled)) => (unlabelled.images(), place),
+            _ => (&self.data, sample),
+        }
+    }
+
+    fn label(&self, sample: u32) -> i64 {
+        self.data.labels().get(sample as usize).map_or(UNLABELLED, |&label| i64::from(label))
     }
 
     fn rng(&self, purpose: &str, epoch: usize) -> Rng {
@@ -328,7 +409,7 @@ impl Plan {
     fn typed_batch<T: WithDType>(&self, epoch: usize, number: usize, samples: &[u32]) -> Result<Batch> {
         let ([channels, height, width], device) = (self.shape, &self.options.device);
         let mut images = self.images::<T>(epoch, samples)?;
-        let mut labels: Vec<i64> = samples.iter().map(|&s| i64::from(self.data.labels()[s as usize])).collect();
+        let mut labels: Vec<i64> = samples.iter().map(|&s| self.label(s)).collect();
         let mut targets = None;
         let mixes = self.views[0].mixes();
         if !mixes.is_empty() {
@@ -399,7 +480,11 @@ impl Plan {
             Some(kept) => image.assign(kept.shape(), &kept.data),
             None => {
                 if v == 0 {
-                    self.data.read(sample, base)?;
+                    let (set, place) = self.set_of(sample);
+                    set.read(place, base)?;
+                    if sample >= self.data.len() {
+                        unlabelled::fit(base, spare, self.shape[0], self.data.size());
+                    }
                     list.apply_first(self.fixed, base, spare, rng);
                     if let Some(cache) = &self.cache {
                         cache.offer(sample, base);
@@ -413,7 +498,8 @@ impl Plan {
             let ([_, height, width], [_, h, w]) = (self.shape, image.shape());
             let why =
                 format!("{h}x{w} pixels where others have {height}x{width}: add `center-crop:N` or `random-resized-crop:N` to `augment`");
-            return Err(match self.data.file(sample) {
+            let (set, place) = self.set_of(sample);
+            return Err(match set.file(place) {
                 Some(path) => Error::corrupt(&path, why),
                 None => Error::Loader(format!("sample {sample}: {why}")),
             });

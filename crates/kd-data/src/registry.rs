@@ -1,6 +1,6 @@
 //! Every data source by name.
 
-use crate::{Error, Result, Splits, cifar, cub, digits, folder, idx, noise, stanford_cars, stl10, tiny_imagenet};
+use crate::{Error, Result, Splits, cifar, cub, digits, folder, hub, idx, noise, stanford_cars, stl10, tiny_imagenet};
 
 /// A source that [`open`] knows.
 #[derive(Debug, serde::Serialize)]
@@ -32,10 +32,26 @@ pub const SOURCES: &[SourceEntry] = &[
     cub::ENTRY,
     stanford_cars::ENTRY,
     noise::ENTRY,
+    hub::ENTRY,
+    hub::MNIST,
+    hub::FASHION,
 ];
 
+/// `spec` with a path in it made absolute, so that it means the same in any folder. What names no path stays as it is.
+pub fn absolute(spec: &str) -> String {
+    let is_path = |name: &str| name == "folder" || SOURCES.iter().any(|e| e.name == name && matches!(e.argument, "PATH" | "DIR"));
+    match spec.split_once(':') {
+        Some((name, path)) if is_path(name) => match std::path::absolute(path) {
+            Ok(path) => format!("{name}:{}", path.display()),
+            Err(_) => spec.to_string(),
+        },
+        _ => spec.to_string(),
+    }
+}
+
 /// Opens the source that `spec` names: `NAME` or `NAME:ARGUMENT`. Paths are taken as they stand, relative to the current directory;
-/// nothing reaches for the network or a home directory.
+/// nothing but the sources of the feature `hub` reaches for the
+/// network or a home directory.
 ///
 /// # Errors
 /// An unknown name, files that are missing or do not hold what their format says.

@@ -27,32 +27,49 @@ pub(crate) struct Entry {
 #[derive(Debug)]
 pub(crate) struct Root {
     path: PathBuf,
-    zip: Option<Mutex<ZipArchive<Shared>>>,
+    kind: Kind,
+}
+
+#[derive(Debug)]
+enum Kind {
+    Folder,
+    Zip(Mutex<ZipArchive<Shared>>),
+    /// The files of a container that was read before, by name.
+    #[cfg(feature = "hub")]
+    Memory(std::collections::BTreeMap<String, Vec<u8>>),
 }
 
 impl Root {
     pub(crate) fn open(path: &Path) -> Result<Self> {
-        let zip = match path.is_dir() {
-            true => None,
+        let kind = match path.is_dir() {
+            true => Kind::Folder,
             false if path.is_file() => {
                 let file = File::open(path).map_err(Error::io(path))?;
                 let shared = Shared { file: Arc::new(Mutex::new(file)), at: 0 };
                 let archive = ZipArchive::new(shared).map_err(|e| Error::corrupt(path, format!("expected a folder or a zip file: {e}")))?;
-                Some(Mutex::new(archive))
+                Kind::Zip(Mutex::new(archive))
             }
             false => return Err(Error::not_found(path, "expected a folder or a zip file")),
         };
-        Ok(Self { path: path.to_path_buf(), zip })
+        Ok(Self { path: path.to_path_buf(), kind })
+    }
+
+    /// Of files that are in memory; `path` stands for their place in messages.
+    #[cfg(feature = "hub")]
+    pub(crate) fn memory(path: impl Into<PathBuf>, files: std::collections::BTreeMap<String, Vec<u8>>) -> Self {
+        Self { path: path.into(), kind: Kind::Memory(files) }
     }
 
     /// Every file and, with a `/` at its end, every folder, in byte order of the names. Hidden ones (a part that begins with a dot) and what
     /// macOS adds to archives are left out.
     pub(crate) fn list(&self) -> Result<Vec<Entry>> {
         let mut entries = Vec::new();
-        match &self.zip {
-            None => self.walk(&self.path, "", 0, &mut entries)?,
-            Some(_) => {
-                let archive = self.archive();
+        match &self.kind {
+            Kind::Folder => self.walk(&self.path, "", 0, &mut entries)?,
+            #[cfg(feature = "hub")]
+            Kind::Memory(files) => entries.extend(files.iter().map(|(name, data)| Entry { name: name.clone(), bytes: data.len() as u64 })),
+            Kind::Zip(zip) => {
+                let archive = archive(zip);
                 self.check_count(archive.len())?;
                 let broken = |e| Error::corrupt(&self.path, format!("its directory is damaged: {e}"));
                 for i in 0..archive.len() {
@@ -103,11 +120,13 @@ impl Root {
     pub(crate) fn read(&self, name: &str) -> Result<Vec<u8>> {
         let path = self.path(name);
         let mut bytes = Vec::new();
-        match &self.zip {
-            None => File::open(&path).map_err(Error::io(&path))?.take(MAX_BYTES + 1).read_to_end(&mut bytes),
-            Some(_) => {
+        match &self.kind {
+            Kind::Folder => File::open(&path).map_err(Error::io(&path))?.take(MAX_BYTES + 1).read_to_end(&mut bytes),
+            #[cfg(feature = "hub")]
+            Kind::Memory(files) => return files.get(name).cloned().ok_or_else(|| Error::not_found(path, "there is no such file")),
+            Kind::Zip(zip) => {
                 // A clone shares the directory and the file: the lock is held for single reads alone, so threads inflate side by side.
-                let mut archive = self.archive();
+                let mut archive = archive(zip);
                 let file = archive.by_name(name).map_err(|e| Error::corrupt(&path, e.to_string()))?;
                 file.take(MAX_BYTES + 1).read_to_end(&mut bytes)
             }
@@ -123,11 +142,10 @@ impl Root {
     pub(crate) fn path(&self, name: &str) -> PathBuf {
         self.path.join(name)
     }
+}
 
-    fn archive(&self) -> ZipArchive<Shared> {
-        let zip = self.zip.as_ref().expect("invariant: only called where there is an archive");
-        zip.lock().unwrap_or_else(PoisonError::into_inner).clone()
-    }
+fn archive(zip: &Mutex<ZipArchive<Shared>>) -> ZipArchive<Shared> {
+    zip.lock().unwrap_or_else(PoisonError::into_inner).clone()
 }
 
 /// A file that several readers use, each with a position of its own.

@@ -49,5 +49,5 @@ fn open(path: &str) -> Result<Splits> {
         rows.into_iter().map(entry).collect::<Result<_, Error>>()
     };
     let (train, test) = (read("train")?, read("test")?);
-    Layout { class_names, train, validation: None, test: Some(test) }.open("stanford-cars", imagenet_normalise(), set.root)
+    Layout { class_names, groups: None, train, validation: None, test: Some(test) }.open("stanford-cars", imagenet_normalise(), set.root)
 }

@@ -55,5 +55,5 @@ fn open(path: &str) -> Result<Splits> {
         return Err(set.corrupt("train", "no image in train/CLASS-ID/images".to_string()));
     }
     let normalise = Normalise::new(&[0.4802, 0.4481, 0.3975], &[0.2770, 0.2691, 0.2821]);
-    Layout { class_names, train, validation: None, test: Some(test) }.open("tiny-imagenet", normalise, set.root)
+    Layout { class_names, groups: None, train, validation: None, test: Some(test) }.open("tiny-imagenet", normalise, set.root)
 }

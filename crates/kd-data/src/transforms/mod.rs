@@ -130,6 +130,12 @@ impl Pipeline {
         Self::new(self.steps.iter().flat_map(|s| s.at_evaluation()).collect())
     }
 
+    /// The list without what mixes the images of a batch.
+    #[must_use]
+    pub fn without_mixes(&self) -> Self {
+        Self::new(self.steps.clone())
+    }
+
     /// This list behind the steps of `first`.
     #[must_use]
     pub(crate) fn after(&self, first: &Self) -> Self {

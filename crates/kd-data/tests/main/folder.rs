@@ -274,6 +274,10 @@ fn what_is_wrong_is_named() {
     assert!(message.contains("test/fox") && message.contains("no training images"), "{message}");
     std::fs::remove_dir_all(extra.parent().unwrap()).unwrap();
 
+    // Images of no class may lie beside the splits.
+    save(&at("ok"), "unlabelled/0.png", [2, 2], 0);
+    open(&at("ok")).unwrap();
+
     std::fs::create_dir_all(at("ok/docs")).unwrap();
     save(&at("ok"), "more/cat/0.png", [2, 2], 0);
     assert!(refusal(open(&at("ok"))).contains("more: a folder beside train"));

@@ -3,9 +3,11 @@
 mod cifar;
 mod digits;
 mod folder;
+mod groups;
 mod loader;
 mod noise;
 mod published;
 mod select;
 mod support;
 mod transforms;
+mod unlabelled;

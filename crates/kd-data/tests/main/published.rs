@@ -54,6 +54,7 @@ fn cub_follows_its_tables() {
     for path in [dir.path(), &root] {
         let splits = open("cub200", path).unwrap();
         assert_eq!(splits.info.class_names, ["Auk", "Tern"]);
+        assert_eq!(splits.info.groups.as_deref(), Some(&[0, 1][..]));
         assert_eq!(contents(splits.train().unwrap()), [(0, 20), (1, 30)]);
         assert_eq!(contents(splits.test().unwrap()), [(0, 10), (1, 40)]);
     }
