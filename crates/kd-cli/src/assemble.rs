@@ -1,14 +1,15 @@
 //! From names and configs to built objects: networks, weights, methods, data.
 
 use std::collections::BTreeMap;
+use std::path::Path;
 use std::sync::LazyLock;
 
 use anyhow::{Context, Result, bail};
-use candle_core::{DType, Device};
-use kd_core::{BatchSource, MethodEntry, Needs};
-use kd_data::{Loader, LoaderOptions, Normalise, Options, Pipeline, Splits};
+use candle_core::{DType, Device, Tensor};
+use kd_core::{BatchSource, MethodEntry, Model, Needs};
+use kd_data::{Loader, LoaderOptions, Normalise, Options, Pipeline, Splits, Unlabelled};
 use kd_nn::{Network, Precision};
-use kd_train::config::{self, Config, DataConfig};
+use kd_train::config::{self, Config, DataConfig, TeacherConfig};
 use kd_train::{LossConfig, Objective, StringMap};
 use kd_weights::WeightFile;
 use serde::Serialize;
@@ -102,6 +103,43 @@ pub fn network(name: &str, classes: Option<usize>, input: [usize; 3], dtype: DTy
     Ok(Network::new(entry.build(&config)?, dtype, device)?)
 }
 
+/// The key of a config that an error of its data is about.
+pub fn key_at_fault(error: &anyhow::Error, data: &DataConfig) -> Option<String> {
+    use kd_data::Error as E;
+    let e = error.chain().find_map(|cause| cause.downcast_ref::<E>())?;
+    let augmentation = |spec: &str| {
+        let list = data.augment.as_deref().unwrap_or_default();
+        let i = list.iter().position(|s| s == spec || s.split(':').next() == Some(spec));
+        i.map_or("data.augment".to_string(), |i| format!("data.augment.{i}"))
+    };
+    let of_source = |text: &str| match &data.unlabelled {
+        Some(spec) if spec.contains(text) && !data.source.contains(text) => "data.unlabelled".to_string(),
+        _ => "data.source".to_string(),
+    };
+    Some(match e {
+        E::Option { key: "mean" | "std", .. } => "data.normalise".to_string(),
+        E::Option {
+            key: key @ ("batch_size" | "augment" | "train_limit" | "validation" | "label_noise" | "unlabelled" | "class_groups"),
+            ..
+        } => {
+            format!("data.{key}")
+        }
+        E::Unknown { kind: "augmentation", name, .. } => augmentation(name),
+        E::Unknown { kind: "data source", name, .. } => of_source(name),
+        E::Spec { spec, .. } if data.augment.iter().flatten().any(|s| s == spec) => augmentation(spec),
+        E::Spec { spec, .. } => of_source(spec),
+        E::NotFound { path, .. } => of_source(&path.display().to_string()),
+        E::NoSplit { .. } => "data.source".to_string(),
+        _ => return None,
+    })
+}
+
+/// Whether a run failed at a file of its data that cannot be used.
+pub fn is_unusable_data(error: &kd_train::Error) -> bool {
+    let (kd_train::Error::Core(kd_core::Error::Other(e)) | kd_train::Error::Setup(kd_core::Error::Other(e))) = error else { return false };
+    matches!(e.downcast_ref(), Some(kd_data::Error::Corrupt { .. } | kd_data::Error::NotFound { .. } | kd_data::Error::Io { .. }))
+}
+
 /// The network `name` with as many outputs as its weights have (or `classes`), and the weights in it.
 pub fn network_from(
     name: &str,
@@ -131,8 +169,15 @@ pub fn normalisation(metadata: &BTreeMap<String, String>) -> Result<Option<Norma
     Ok(list("mean")?.zip(list("std")?).map(|(mean, std)| Normalise { mean, std }))
 }
 
+/// A list of texts in the metadata of weights.
+pub fn list(metadata: &BTreeMap<String, String>, key: &str) -> Result<Option<Vec<String>>> {
+    let Some(text) = metadata.get(key) else { return Ok(None) };
+    let read = serde_json::from_str(text);
+    Ok(Some(read.with_context(|| format!("metadata `{key}` of the weights: expected a list of texts, got {text}"))?))
+}
+
 /// What is written beside exported weights: enough to run them.
-pub fn metadata(model: &str, input: [usize; 3], splits: &Splits) -> Result<StringMap> {
+pub fn metadata(model: &str, input: [usize; 3], splits: &Splits, data: &DataConfig) -> Result<StringMap> {
     fn json(value: &impl Serialize) -> Result<String> {
         Ok(serde_json::to_string(value)?)
     }
@@ -145,20 +190,115 @@ pub fn metadata(model: &str, input: [usize; 3], splits: &Splits) -> Result<Strin
         ("mean".to_string(), json(&info.normalise.mean)?),
         ("std".to_string(), json(&info.normalise.std)?),
         ("class_names".to_string(), json(&info.class_names)?),
+        ("augment".to_string(), json(&augmentation(data))?),
     ]))
 }
 
 /// The samples that a run sees.
 pub fn splits(data: &DataConfig, train_limit: usize, seed: u64) -> Result<Splits> {
+    let mut splits = kd_data::open(&data.source)?;
+    if data.normalise == config::Normalisation::Computed {
+        // Of all training images: a teacher and a student that see different parts of them must still see the same numbers.
+        let options = LoaderOptions { augment: vec![pipeline(data)?], ..LoaderOptions::default() };
+        let measured = Loader::eval(splits.train()?, &options)?.mean_std()?;
+        splits = splits.with_normalise(measured).context("data.normalise = \"computed\"")?;
+    }
+    match data.class_groups.as_deref() {
+        None => {}
+        Some("last-word") => {
+            let groups = kd_data::groups::by_last_word(&splits.info.class_names);
+            splits = splits.with_groups(groups)?;
+        }
+        Some(path) => {
+            let groups = kd_data::groups::read(Path::new(path), &splits.info.class_names)?;
+            splits = splits.with_groups(groups)?;
+        }
+    }
     let options = Options { train_limit, validation: data.validation, label_noise: data.label_noise };
-    Ok(kd_data::open(&data.source)?.select(&options, seed)?)
+    Ok(splits.select(&options, seed)?)
+}
+
+/// Makes every path of a config absolute: the run directory's copy then means the same wherever a resume starts.
+pub fn absolute_paths(config: &mut Config) -> Result<()> {
+    let data = &mut config.data;
+    data.source = kd_data::absolute(&data.source);
+    data.unlabelled = data.unlabelled.as_deref().map(kd_data::absolute);
+    let groups = data.class_groups.iter_mut().filter(|g| *g != "last-word");
+    let teachers = config.teacher.iter_mut().flat_map(|t| t.weights.iter_mut().chain(&mut t.class_means.file).chain(&mut t.cache_dir));
+    for path in groups.chain(teachers).chain(&mut config.student.weights) {
+        let whole = std::path::absolute(&*path).with_context(|| format!("the path {path:?}"))?;
+        *path = whole.display().to_string();
+    }
+    Ok(())
+}
+
+/// The mean embedding of each class of `teacher`, where its config says more than the loop does by itself.
+pub fn class_means(
+    teacher: &TeacherConfig,
+    network: &dyn Model,
+    config: &Config,
+    splits: &Splits,
+    device: &Device,
+) -> Result<Option<Tensor>> {
+    let how = &teacher.class_means;
+    let (width, names) = (network.spec().embedding, &splits.info.class_names);
+    if let Some(path) = &how.file {
+        return Ok(Some(
+            read_class_means(Path::new(path), names, width).with_context(|| format!("class means of teacher {}", teacher.name))?,
+        ));
+    }
+    if !how.augment && how.round_decimals.is_none() {
+        return Ok(None);
+    }
+    let (train, options) = (splits.train()?, loading(config, 1, device)?);
+    let mut loader = if how.augment { Loader::augmented(train, &options)? } else { Loader::eval(train, &options)? };
+    Ok(Some(kd_train::class_means_rounded(network, &mut loader, train.classes(), how.round_decimals)?))
+}
+
+/// Class means from a file: tensor `class_means` of a safetensors file, or JSON with a list for each class by its number or name.
+pub fn read_class_means(path: &Path, names: &[String], width: usize) -> Result<Tensor> {
+    let shape = (names.len(), width);
+    if path.extension().is_some_and(|e| e.eq_ignore_ascii_case("json")) {
+        let text = std::fs::read_to_string(path).with_context(|| format!("cannot read {}", path.display()))?;
+        let by_class: BTreeMap<String, Vec<f64>> =
+            serde_json::from_str(&text).with_context(|| format!("{}: expected {{\"CLASS\": [numbers], ..}}", path.display()))?;
+        let mut rows: Vec<f64> = Vec::with_capacity(names.len() * width);
+        for (class, name) in names.iter().enumerate() {
+            let row = by_class.get(&class.to_string()).or_else(|| by_class.get(name));
+            let row = row.with_context(|| format!("{}: no entry for class {class} ({name})", path.display()))?;
+            anyhow::ensure!(row.len() == width, "{}: {} numbers for class {class}, the embedding has {width}", path.display(), row.len());
+            rows.extend(row);
+        }
+        anyhow::ensure!(by_class.len() == names.len(), "{}: {} classes, the data has {}", path.display(), by_class.len(), names.len());
+        return Ok(Tensor::from_vec(rows, shape, &Device::Cpu)?);
+    }
+    let (tensors, _) = crate::output::read_tensors(path)?;
+    let means = tensors.get("class_means").with_context(|| format!("{}: there is no tensor `class_means`", path.display()))?;
+    anyhow::ensure!(
+        means.dims() == [shape.0, shape.1] && means.dtype().is_float(),
+        "{}: `class_means` has shape {:?}, expected [{}, {}] (classes, width of the embedding)",
+        path.display(),
+        means.dims(),
+        shape.0,
+        shape.1
+    );
+    Ok(means.to_dtype(DType::F64)?)
+}
+
+/// The augmentation that is customary for a data source.
+pub fn customary(source: &str) -> &'static [&'static str] {
+    let name = source.split(':').next().unwrap_or_default();
+    kd_data::SOURCES.iter().find(|s| s.name == name).map_or(&[][..], |s| s.augment)
 }
 
 /// The augmentation of a config, or what is customary for its data.
 pub fn augmentation(data: &DataConfig) -> Vec<String> {
-    let name = data.source.split(':').next().unwrap_or_default();
-    let customary = || kd_data::SOURCES.iter().find(|s| s.name == name).map_or(&[][..], |s| s.augment);
-    data.augment.clone().unwrap_or_else(|| customary().iter().map(ToString::to_string).collect())
+    data.augment.clone().unwrap_or_else(|| customary(&data.source).iter().map(ToString::to_string).collect())
+}
+
+/// The augmentation of a config, parsed.
+pub fn pipeline(data: &DataConfig) -> Result<Pipeline> {
+    Ok(Pipeline::parse(&augmentation(data))?)
 }
 
 /// The augmentation of the second view, and any after it.
@@ -191,7 +331,12 @@ pub fn input(config: &Config, splits: &Splits) -> Result<[usize; 3]> {
 
 /// A run's data: loaders over `splits`.
 pub fn data(config: &Config, splits: &Splits, views: usize, device: &Device) -> Result<kd_train::Data> {
-    let options = loading(config, views, device)?;
+    let unlabelled = config.data.unlabelled.as_deref().map(Unlabelled::open).transpose().context("data.unlabelled")?;
+    let fingerprint = match &unlabelled {
+        None => splits.fingerprint(),
+        Some(more) => format!("{} {}", splits.fingerprint(), more.fingerprint()),
+    };
+    let options = LoaderOptions { unlabelled, ..loading(config, views, device)? };
     let boxed = |loader: kd_data::Result<Loader>| -> Result<Box<dyn BatchSource>> { Ok(Box::new(loader?)) };
     let train = splits.train()?;
     Ok(kd_train::Data {
@@ -201,7 +346,7 @@ pub fn data(config: &Config, splits: &Splits, views: usize, device: &Device) -> 
         plain: Some(boxed(Loader::eval(train, &options))?),
         validation: splits.validation.as_ref().map(|v| boxed(Loader::eval(v, &options))).transpose()?,
         test: splits.test().ok().map(|t| boxed(Loader::eval(t, &options))).transpose()?,
-        fingerprint: splits.fingerprint(),
+        fingerprint,
         class_means: None,
         class_groups: splits.info.groups.clone(),
     })

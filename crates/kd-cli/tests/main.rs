@@ -8,6 +8,12 @@ use std::process::{Child, Command, Output, Stdio};
 use candle_core::{DType, Device, Tensor};
 use serde_json::Value;
 
+mod main {
+    mod data;
+    mod recipes;
+    mod refusals;
+}
+
 fn kd(dir: &Path, args: &[&str]) -> Output {
     Command::new(env!("CARGO_BIN_EXE_kd-cli")).args(args).current_dir(dir).output().unwrap()
 }

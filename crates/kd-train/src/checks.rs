@@ -41,6 +41,16 @@ pub(crate) fn student(shared: &Shared, own: &Student) -> Result<()> {
     needs(shared, own)
 }
 
+/// Is there a loss, of some student, for images that have no labels?
+pub(crate) fn unlabelled<'a>(shared: &Shared, students: impl Iterator<Item = &'a Student>) -> Result<()> {
+    let mut objectives = students.flat_map(|s| &s.objectives);
+    if shared.data.train.unlabelled() == 0 || objectives.any(|o| !o.method.needs().labels) {
+        return Ok(());
+    }
+    let what = "unlabelled images are among the training images, but all losses need labels";
+    Err(Error::Refused(format!("{what}\nhint: add one that learns from the teacher alone (kd, say), or leave the images out")))
+}
+
 /// Does every method get what it asks for?
 pub(crate) fn needs(shared: &Shared, own: &Student) -> Result<()> {
     let refuse = |message: String| Err(Error::Refused(message));

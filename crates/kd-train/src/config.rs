@@ -140,6 +140,25 @@ pub struct DataConfig {
     pub label_noise: f64,
     /// Share of the training set held out to choose the best student by.
     pub validation: f64,
+    /// Which mean and deviation the images are normalised with.
+    pub normalise: Normalisation,
+    /// Images of no class that join the training set for the losses that need no labels: `folder:PATH`, `stl10:DIR`, any data set.
+    #[serde(skip_serializing_if = "Option::is_none")]
+    pub unlabelled: Option<String>,
+    /// A group for each class: a file with one a line, or `last-word` of the classes' names; absent: the data set's own.
+    #[serde(skip_serializing_if = "Option::is_none")]
+    pub class_groups: Option<String>,
+}
+
+/// Which mean and deviation images are normalised with.
+#[derive(Clone, Copy, Debug, Default, PartialEq, Eq, Serialize, Deserialize)]
+#[serde(rename_all = "kebab-case")]
+pub enum Normalisation {
+    /// Those that the data set states.
+    #[default]
+    Published,
+    /// Those of all its training images, as evaluation shows them.
+    Computed,
 }
 
 impl Default for DataConfig {
@@ -152,6 +171,9 @@ impl Default for DataConfig {
             train_limit: 0,
             label_noise: 0.0,
             validation: 0.0,
+            normalise: Normalisation::default(),
+            unlabelled: None,
+            class_groups: None,
         }
     }
 }
@@ -180,7 +202,27 @@ pub struct TeacherConfig {
     /// How to train it first; absent when it has weights.
     #[serde(default, skip_serializing_if = "Option::is_none")]
     pub train: Option<TrainConfig>,
+    /// How its mean embedding of each class is made, for the losses that need it.
+    #[serde(default)]
+    pub class_means: ClassMeansConfig,
 }
+
+/// How class means are made.
+#[derive(Clone, Debug, Default, PartialEq, Eq, Serialize, Deserialize)]
+#[serde(deny_unknown_fields, default)]
+pub struct ClassMeansConfig {
+    /// A file that holds them (`kd-cli class-means`, or KD++'s JSON); absent: they are computed over the training set.
+    #[serde(skip_serializing_if = "Option::is_none")]
+    pub file: Option<String>,
+    /// Over one augmented epoch, as KD++'s released script, instead of the images as they are.
+    pub augment: bool,
+    /// Rounds every number of an embedding, and every mean, to so many decimals (4 in KD++'s released script).
+    #[serde(skip_serializing_if = "Option::is_none")]
+    pub round_decimals: Option<u32>,
+}
+
+/// More decimals than an f64 keeps apart; a slip of the finger asks for more.
+const MOST_DECIMALS: u32 = 12;
 
 fn unit() -> f64 {
     1.0
@@ -220,6 +262,16 @@ pub struct StudentConfig {
     /// Weights to start from; absent: the paper's initialisation.
     #[serde(default, skip_serializing_if = "Option::is_none")]
     pub weights: Option<String>,
+    /// Begins the classifier anew, whatever the weights hold for it: a network that was trained on other classes.
+    #[serde(default)]
+    pub new_head: bool,
+}
+
+impl StudentConfig {
+    /// `model`, begun anew.
+    pub fn new(model: &str) -> Self {
+        Self { model: model.to_string(), weights: None, new_head: false }
+    }
 }
 
 /// Checkpoints, evaluations, checks.
@@ -356,6 +408,15 @@ impl Config {
         Ok(config)
     }
 
+    /// Where the value at the dotted `key` of `text` was written: `file:line`, or the override. Of a key that is absent, where its section
+    /// is; for messages about what shows only once the data is there.
+    ///
+    /// # Errors
+    /// As [`Config::parse`], for what is no TOML.
+    pub fn place(text: &str, file: &str, overrides: &[String], key: &str) -> Result<String> {
+        Ok(written(text, file, overrides)?.place(key).to_string())
+    }
+
     /// The resolved configuration as a file.
     pub fn to_toml(&self) -> Result<String> {
         toml_of(self)
@@ -419,6 +480,9 @@ impl Check<'_> {
         self.require("data.batch_size", data.batch_size >= 1, data.batch_size, "at least 1")?;
         self.require("data.label_noise", (0.0..=1.0).contains(&data.label_noise), data.label_noise, "from 0 to 1")?;
         self.require("data.validation", (0.0..1.0).contains(&data.validation), data.validation, "at least 0 and less than 1")?;
+        if config.student.new_head && config.student.weights.is_none() {
+            return Err(self.tree.error("student.new_head", "`student.new_head` goes with `student.weights`, which is absent", None));
+        }
         for i in 0..config.teacher.len() {
             let names = &config.teacher[..i];
             let teacher = &config.teacher[i];
@@ -433,6 +497,20 @@ impl Check<'_> {
             if teacher.cache_dir.is_some() && teacher.cache.is_none() {
                 let message = format!("teacher {} has a `cache_dir` but no `cache`", teacher.name);
                 return Err(self.tree.error(&format!("{path}.cache_dir"), message, Some("set cache = \"logits\"".to_string())));
+            }
+            let means = &teacher.class_means;
+            if let Some(decimals) = means.round_decimals {
+                let allowed = format!("0 to {MOST_DECIMALS}");
+                self.require(&format!("{path}.class_means.round_decimals"), decimals <= MOST_DECIMALS, decimals, &allowed)?;
+            }
+            if i > 0 && *means != ClassMeansConfig::default() {
+                let message =
+                    format!("`{path}.class_means` can be set for the first teacher only; the others' are computed over the training set");
+                return Err(self.tree.error(&format!("{path}.class_means"), message, None));
+            }
+            if means.file.is_some() && (means.augment || means.round_decimals.is_some()) {
+                let message = "class means are either read from `file` or computed with `augment` and `round_decimals`";
+                return Err(self.tree.error(&format!("{path}.class_means"), message, None));
             }
             if teacher.weights.is_some() == teacher.train.is_some() {
                 let message = format!("teacher {} must have either `weights` or a section `train`", teacher.name);

@@ -90,7 +90,16 @@ pub(crate) fn evaluate_unless(model: &dyn Model, source: &mut dyn BatchSource, s
 /// # Errors
 /// A class without a sample, a class whose mean is zero, a label outside the classes.
 pub fn class_means(teacher: &dyn Model, source: &mut dyn BatchSource, classes: usize) -> Result<Tensor> {
-    let means = class_means_unless(teacher, source, classes, &AtomicBool::new(false))?;
+    class_means_rounded(teacher, source, classes, None)
+}
+
+/// As [`class_means`], with every number rounded to `decimals` before it is averaged and every mean rounded again: what KD++'s released
+/// script does with 4, over one augmented epoch.
+///
+/// # Errors
+/// As [`class_means`].
+pub fn class_means_rounded(teacher: &dyn Model, source: &mut dyn BatchSource, classes: usize, decimals: Option<u32>) -> Result<Tensor> {
+    let means = class_means_by(teacher, source, classes, decimals, &AtomicBool::new(false))?;
     Ok(means.expect("invariant: nothing sets the flag"))
 }
 
@@ -101,6 +110,19 @@ pub(crate) fn class_means_unless(
     classes: usize,
     stop: &AtomicBool,
 ) -> Result<Option<Tensor>> {
+    class_means_by(teacher, source, classes, None, stop)
+}
+
+/// As [`class_means_rounded`], giving up with `None` between two batches once `stop` is set.
+pub(crate) fn class_means_by(
+    teacher: &dyn Model,
+    source: &mut dyn BatchSource,
+    classes: usize,
+    decimals: Option<u32>,
+    stop: &AtomicBool,
+) -> Result<Option<Tensor>> {
+    let scale = decimals.map(|d| 10f64.powi(d as i32));
+    let rounded = |v: f64| scale.map_or(v, |scale| (v * scale).round_ties_even() / scale);
     let width = teacher.spec().embedding;
     let mut sums = vec![0.0; classes * width];
     let mut counts = vec![0usize; classes];
@@ -120,14 +142,14 @@ pub(crate) fn class_means_unless(
         for (row, &label) in embedding.chunks_exact(width).zip(&labels) {
             let class = label as usize;
             counts[class] += 1;
-            sums[class * width..][..width].iter_mut().zip(row).for_each(|(sum, v)| *sum += v);
+            sums[class * width..][..width].iter_mut().zip(row).for_each(|(sum, v)| *sum += rounded(*v));
         }
     }
     for (class, (mean, &count)) in sums.chunks_exact_mut(width).zip(&counts).enumerate() {
         if count == 0 {
             return Err(Error::refused(format!("class means: class {class} has no training sample")).into());
         }
-        mean.iter_mut().for_each(|v| *v /= count as f64);
+        mean.iter_mut().for_each(|v| *v = rounded(*v / count as f64));
         if !mean.iter().any(|&v| v != 0.0) {
             return Err(Error::refused(format!("class means: the mean embedding of class {class} is zero")).into());
         }

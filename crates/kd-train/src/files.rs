@@ -56,6 +56,11 @@ pub trait Files: Send + Sync {
         fs::remove_file(path)
     }
 
+    /// Removes an empty folder.
+    fn remove_dir(&self, dir: &Path) -> io::Result<()> {
+        fs::remove_dir(dir)
+    }
+
     /// The whole content of a file.
     fn read(&self, path: &Path) -> io::Result<Vec<u8>> {
         fs::read(path)

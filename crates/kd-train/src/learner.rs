@@ -21,6 +21,26 @@ use crate::{Error, Evaluation, Result, checks};
 /// The teachers' outputs on a batch, `[teacher][view]`, outside any graph.
 pub(crate) type Lesson = Vec<Vec<Outputs>>;
 
+/// What the losses that need labels see of a step in which some images have none.
+struct Labelled {
+    batch: Batch,
+    student: Vec<Outputs>,
+    teachers: Vec<Vec<Outputs>>,
+}
+
+impl Labelled {
+    /// `None` where all images have labels.
+    fn of(batch: &Batch, student: &[Outputs], teachers: &[Vec<Outputs>]) -> Result<Option<Self>> {
+        let Some(rows) = batch.labelled()? else { return Ok(None) };
+        let of = |outputs: &[Outputs]| outputs.iter().map(|o| o.rows(&rows)).collect::<kd_core::Result<Vec<_>>>();
+        Ok(Some(Self {
+            batch: batch.rows(&rows)?,
+            student: of(student)?,
+            teachers: teachers.iter().map(|t| of(t)).collect::<kd_core::Result<_>>()?,
+        }))
+    }
+}
+
 /// A student at work.
 pub(crate) struct Learner<'s> {
     own: Student,
@@ -74,7 +94,7 @@ impl<'s> Learner<'s> {
         let setup = |i: usize| Setup {
             models: Models { student: own.model.as_ref(), teachers: seen_of(sees[i], models) },
             classes: shared.data.classes,
-            train_samples: shared.data.train.samples(),
+            train_samples: shared.data.train.records(),
             train_labels: shared.data.train.labels(),
             batch_size: shared.data.batch_size,
             class_means: sees[i].and_then(|t| class_means.get(&t)),
@@ -336,9 +356,20 @@ impl<'s> Learner<'s> {
         let progress = self.progress(course);
         let rng = Rng::new(course.shared.seed).named("loss").fork(self.state.step as u64);
         let lead = self.lead().map(|l| (l.objective, l.index));
+        let lead_needs_labels = self.lead().is_some_and(|l| l.phase.needs.labels);
+        let labelled = match course.shared.data.train.unlabelled() {
+            0 => None,
+            _ => Labelled::of(batch, student, teachers)?,
+        };
         let mut all = LossTerms::new();
         for (i, (objective, label)) in self.own.objectives.iter_mut().zip(&self.labels).enumerate() {
             let several = course.models.len() > 1;
+            let needs_labels = if lead.is_some() { lead_needs_labels } else { objective.method.needs().labels };
+            let (batch, student, teachers) = match labelled.as_ref().filter(|_| needs_labels) {
+                Some(part) if part.batch.is_empty() => continue,
+                Some(part) => (&part.batch, part.student.as_slice(), part.teachers.as_slice()),
+                None => (batch, student, teachers),
+            };
             let view = StepView {
                 student,
                 teachers: match self.sees[i] {

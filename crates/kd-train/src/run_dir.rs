@@ -230,6 +230,29 @@ impl Sink for RunDir {
     }
 }
 
+/// Whether nobody has begun a run in `place`.
+pub(crate) fn is_vacant(place: &RunPlace) -> bool {
+    place.files.read(&place.dir.join("config.toml")).is_err_and(|e| e.kind() == io::ErrorKind::NotFound)
+}
+
+/// Takes back what [`RunDir::open`] made in a vacant place, unless something was saved there since. Whatever cannot be removed stays.
+pub(crate) fn withdraw(place: &RunPlace) {
+    let (files, dir) = (place.files.as_ref(), &place.dir);
+    let checkpoints = dir.join("checkpoints");
+    let folders = [checkpoints.join("last"), checkpoints.join("best")];
+    if !folders.iter().all(|folder| files.list(folder).is_ok_and(|names| names.is_empty())) {
+        return;
+    }
+    // The lock last: as long as it is there, nobody takes half a directory for a run.
+    for folder in folders.iter().chain([&checkpoints]) {
+        let _ = files.remove_dir(folder);
+    }
+    for name in ["metrics.jsonl", "run.json", "config.toml", "lock"] {
+        let _ = files.remove(&dir.join(name));
+    }
+    let _ = files.remove_dir(dir);
+}
+
 /// How the run in `dir` ended; `None` while it has not.
 pub fn result(dir: &Path) -> Result<Option<RunResult>> {
     let path = dir.join("run.json");

@@ -55,7 +55,21 @@ pub fn train(job: Job, sinks: &mut [&mut dyn Sink], stop: &AtomicBool) -> Result
 /// # Errors
 /// What concerns all of them: a job that is refused before the first step, data or a teacher that fail.
 pub fn train_all(shared: Shared, students: Vec<(Student, &mut dyn Sink)>, stop: &AtomicBool) -> Result<Vec<Result<Outcome>>> {
+    let vacant: Vec<_> = students.iter().map(|(student, _)| student.place.clone().filter(run_dir::is_vacant)).collect();
+    let outcomes = take_to_the_end(shared, students, stop);
+    // What was refused, or came to a file of its data that cannot be used, must not stand in the way of the next try.
+    let unusable = |e: &Error| e.is_usage() || matches!(e, Error::Core(kd_core::Error::Other(_)));
+    let refused = |i: usize| match &outcomes {
+        Ok(each) => each[i].as_ref().is_err_and(unusable),
+        Err(e) => unusable(e),
+    };
+    vacant.iter().enumerate().filter(|(i, _)| refused(*i)).filter_map(|(_, place)| place.as_ref()).for_each(run_dir::withdraw);
+    outcomes
+}
+
+fn take_to_the_end(shared: Shared, students: Vec<(Student, &mut dyn Sink)>, stop: &AtomicBool) -> Result<Vec<Result<Outcome>>> {
     students.iter().try_for_each(|(student, _)| checks::student(&shared, student))?;
+    checks::unlabelled(&shared, students.iter().map(|(student, _)| student))?;
     let prints = match students.iter().any(|(s, _)| s.place.is_some()) {
         true => fingerprints(&shared, &students.iter().map(|(s, _)| s).collect::<Vec<_>>())?,
         false => vec![Default::default(); students.len()],

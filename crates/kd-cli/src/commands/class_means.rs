@@ -6,15 +6,18 @@ use std::path::PathBuf;
 use anyhow::{Context, Result};
 use candle_core::DType;
 use kd_core::{BatchSource, Cut, Mode, Model};
-use kd_data::{Loader, LoaderOptions};
+use kd_data::{Loader, LoaderOptions, Pipeline};
 
 use crate::{assemble, output};
 
 /// Computes the mean teacher embedding of each class over the training set (KD++), and prints the teacher's mean feature norm with
 /// FNKD's rule of thumb for a temperature T: lambda = T, tau = mean norm / T.
+///
+/// A run's `[teacher.class_means]` takes the file as it is, or makes the same means itself. KD++'s released script augments and rounds:
+/// `--augment --round-decimals 4`.
 #[derive(clap::Args)]
 #[command(
-    after_help = "Example:\n  kd-cli class-means --model resnet56 --weights resnet56.pth --data cifar100:DIR --output means.safetensors"
+    after_help = "Examples:\n  kd-cli class-means --model resnet56 --weights resnet56.pth --data cifar100:DIR --output means.safetensors\n  kd-cli class-means --weights teacher.safetensors --data digits --augment --round-decimals 4 --output means.json"
 )]
 pub struct ClassMeans {
     /// The teacher (`kd-cli list models`); default: what the weights' metadata says.
@@ -23,9 +26,18 @@ pub struct ClassMeans {
     /// Its weights.
     #[arg(long)]
     weights: PathBuf,
-    /// The data set; its training split is used, unaugmented.
+    /// The data set; its training split is used.
     #[arg(long)]
     data: String,
+    /// Augments the images once, as the data set is customarily augmented in training; default: as they are.
+    #[arg(long)]
+    augment: bool,
+    /// Rounds every number of an embedding, and every mean, to so many decimals.
+    #[arg(long, value_name = "N", value_parser = clap::value_parser!(u32).range(..=12))]
+    round_decimals: Option<u32>,
+    /// What the augmentation follows from.
+    #[arg(long, default_value_t = 1)]
+    seed: u64,
     /// Uses a class-balanced subset of this size; 0: all.
     #[arg(long, default_value_t = 0)]
     train_limit: usize,
@@ -35,7 +47,8 @@ pub struct ClassMeans {
     /// Threads; 0: all cores.
     #[arg(long, default_value_t = 0)]
     threads: usize,
-    /// Writes the means as tensor `class_means` [classes, width] to this safetensors file.
+    /// Writes the means to this file: as {"CLASS NUMBER": [..], ..} where it ends in .json (KD++'s form), else as tensor `class_means`
+    /// [classes, width] of a safetensors file.
     #[arg(long)]
     output: Option<PathBuf>,
     /// One JSON object.
@@ -49,19 +62,29 @@ pub fn run(args: &ClassMeans) -> Result<()> {
     let file = kd_weights::read(&args.weights)?;
     let name = args.model.clone().or_else(|| file.metadata.get("model").cloned());
     let name = name.context("--model: the weights do not say which network they belong to")?;
-    let splits = kd_data::open(&args.data)?.select(&kd_data::Options { train_limit: args.train_limit, ..Default::default() }, 1)?;
+    let options = kd_data::Options { train_limit: args.train_limit, ..Default::default() };
+    let splits = kd_data::open(&args.data)?.select(&options, args.seed)?;
     let train = splits.train()?;
-    let network = assemble::network_from(&name, None, &file, train.info().shape, DType::F32, &candle_core::Device::Cpu)?.frozen();
-    let options = LoaderOptions { batch_size: 100, normalise: assemble::normalisation(&file.metadata)?, ..LoaderOptions::default() };
+    let augment = if args.augment { vec![Pipeline::parse(assemble::customary(&args.data))?] } else { vec![] };
+    let normalise = assemble::normalisation(&file.metadata)?;
+    let options = LoaderOptions { batch_size: 100, seed: args.seed, normalise, augment, ..LoaderOptions::default() };
+    let mut loader = if args.augment { Loader::augmented(train, &options)? } else { Loader::eval(train, &options)? };
+    let network = assemble::network_from(&name, None, &file, loader.shape(), DType::F32, &candle_core::Device::Cpu)?.frozen();
     let (means, norm) = assemble::in_pool(args.threads, || -> Result<_> {
-        let mut loader = Loader::eval(train, &options)?;
-        let means = kd_train::class_means(&network, &mut loader, train.classes())?;
+        let means = kd_train::class_means_rounded(&network, &mut loader, train.classes(), args.round_decimals)?;
         Ok((means, mean_norm(&network, &mut loader)?))
     })??;
     let norms: Vec<f64> = means.sqr()?.sum(1)?.sqrt()?.to_vec1()?;
     let mean_of_means = norms.iter().sum::<f64>() / norms.len() as f64;
-    if let Some(path) = &args.output {
-        output::write_tensors(path, &BTreeMap::from([("class_means".to_string(), means)]))?;
+    match &args.output {
+        Some(path) if path.extension().is_some_and(|e| e.eq_ignore_ascii_case("json")) => {
+            let rows = means.to_vec2::<f64>()?;
+            let by_class: serde_json::Map<_, _> =
+                rows.into_iter().enumerate().map(|(class, row)| (class.to_string(), row.into())).collect();
+            output::write_file(path, serde_json::to_string(&by_class)?.as_bytes())?;
+        }
+        Some(path) => output::write_tensors(path, &BTreeMap::from([("class_means".to_string(), means)]))?,
+        None => {}
     }
     let tau = norm / args.temperature;
     if args.json {

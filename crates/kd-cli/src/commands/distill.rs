@@ -10,7 +10,7 @@ use candle_core::{DType, Device};
 use kd_core::{Model, Rng};
 use kd_data::Splits;
 use kd_nn::Network;
-use kd_train::config::{CacheKind, TeacherConfig, TrainConfig};
+use kd_train::config::{CacheKind, DataConfig, TeacherConfig, TrainConfig};
 use kd_train::{Config, LogitCache, Objective, Outcome, RunPlace, RunResult, Runs, Shared, Sink, Student, Teacher};
 
 use crate::commands::init::QUICKSTART;
@@ -85,6 +85,22 @@ impl RunArgs {
         }
     }
 
+    /// `error` behind the place in the config that it is about: what is wrong with the data shows only once the data is there.
+    pub(crate) fn located(&self, error: anyhow::Error, model: Option<&str>, source_is_config_s: bool, data: &DataConfig) -> anyhow::Error {
+        let key = assemble::key_at_fault(&error, data).filter(|key| source_is_config_s || key != "data.source");
+        let Some(key) = key.filter(|_| !error.is::<RunFailed>() && !error.is::<Interrupted>()) else { return error };
+        let path = self.resume.as_ref().map(|dir| dir.join("config.toml")).or(self.config.clone());
+        let (text, file) = match (path, model) {
+            (Some(path), _) => (std::fs::read_to_string(&path).unwrap_or_default(), path.display().to_string()),
+            (None, Some(_)) => (String::new(), "--model".to_string()),
+            (None, None) => (QUICKSTART.to_string(), "the quickstart".to_string()),
+        };
+        match Config::place(&text, &file, &self.set, &key) {
+            Ok(at) => error.context(at),
+            Err(_) => error,
+        }
+    }
+
     /// The runs that are resumed, or those that `read` gives with their directory.
     fn place(&self, read: impl FnOnce(&[String]) -> Result<Runs>) -> Result<(Runs, PathBuf)> {
         if let Some(dir) = &self.resume {
@@ -96,7 +112,10 @@ impl RunArgs {
         }
         let mut runs = read(&self.set)?;
         // What the run directory keeps has every default written out.
-        runs.configs.iter_mut().for_each(|config| config.data.augment = Some(assemble::augmentation(&config.data)));
+        for config in &mut runs.configs {
+            config.data.augment = Some(assemble::augmentation(&config.data));
+            assemble::absolute_paths(config)?;
+        }
         let dir = match &self.out {
             Some(dir) if dir.join("config.toml").exists() => {
                 bail!("{} holds a run already; --resume {} goes on with it", dir.display(), dir.display())
@@ -140,12 +159,29 @@ pub fn run(args: &Distill) -> Result<()> {
         bail!("baseline = true compares with the student alone, but without a [teacher] that is all this run trains");
     }
     let stop = crate::commands::train::stop_flag()?;
-    assemble::in_pool(runs.configs[0].threads, || distill(&runs, &dir, &args.run, &stop))?
+    let vacant = !dir.join("config.toml").exists();
+    let done = assemble::in_pool(runs.configs[0].threads, || distill(&runs, &dir, &args.run, &stop))?;
+    if vacant && done.as_ref().is_err_and(|e| !e.is::<RunFailed>() && !e.is::<Interrupted>()) {
+        unclaim(&dir);
+    }
+    done.map_err(|e| args.run.located(e, None, true, &runs.configs[0].data))
+}
+
+/// Takes back what [`Session::claim`] made in a vacant place, unless a network was trained there since.
+fn unclaim(dir: &Path) {
+    let Ok(entries) = std::fs::read_dir(dir) else { return };
+    if entries.flatten().all(|e| e.file_name() == "config.toml" || e.file_name() == "lock") {
+        for name in ["config.toml", "lock"] {
+            let _ = std::fs::remove_file(dir.join(name));
+        }
+        let _ = std::fs::remove_dir(dir);
+    }
 }
 
 fn distill(runs: &Runs, dir: &Path, args: &RunArgs, stop: &AtomicBool) -> Result<()> {
     let config = &runs.configs[0];
     let session = Session { config, args, stop, device: assemble::device(&config.device)?, precision: assemble::precision(config)? };
+    assemble::pipeline(&config.data)?;
     let splits = assemble::splits(&config.data, config.data.train_limit, config.seed)?;
     splits.notes.iter().for_each(|note| output::message(&format!("note: {note}")));
     // Every name is looked up before the first network trains.
@@ -257,6 +293,14 @@ impl Session<'_> {
     /// Refuses, before anything is written, what would fail later: unknown models, files that are not there, class counts that differ.
     fn check(&self, runs: &Runs, splits: &Splits) -> Result<()> {
         splits.train()?;
+        if self.config.data.unlabelled.is_some() {
+            // Before a teacher is trained for nothing.
+            assemble::data(self.config, splits, 1, &Device::Cpu)?;
+            let losses: Vec<_> = runs.configs.iter().flat_map(|c| &c.loss).cloned().collect();
+            if assemble::objectives(&losses)?.iter().all(|o| o.method.needs().labels) {
+                bail!("data.unlabelled: all losses need labels; add one that learns from the teacher alone (kd, say), or leave it out");
+            }
+        }
         for teacher in &self.config.teacher {
             kd_models::find(&teacher.model)?;
             if let Some(path) = &teacher.weights
@@ -305,24 +349,36 @@ impl Session<'_> {
             if outputs < classes {
                 bail!("teacher {}: it has {outputs} classes, {} has {classes}", teacher.name, self.config.data.source);
             }
+            if let Some(own) = assemble::normalisation(&file.metadata)?
+                && own != splits.info.normalise
+            {
+                let told = format!(
+                    "mean {:?} std {:?}, this run uses mean {:?} std {:?}",
+                    own.mean, own.std, splits.info.normalise.mean, splits.info.normalise.std
+                );
+                output::message(&format!("note: teacher {} was trained with {told}", teacher.name));
+            }
             return Ok((Arc::new(network.with_precision(self.precision).frozen()), None));
         }
         let TrainConfig { train_limit, optim, schedule, loss } = teacher.train.clone().unwrap_or_default();
         let config = Config {
             name: teacher.name.clone(),
             teacher: vec![],
-            student: kd_train::config::StudentConfig { model: teacher.model.clone(), weights: None },
+            student: kd_train::config::StudentConfig::new(&teacher.model),
             loss,
             optim,
             schedule,
             baseline: false,
             data: kd_train::config::DataConfig {
                 train_limit: train_limit.unwrap_or(self.config.data.train_limit),
+                unlabelled: None,
                 ..self.config.data.clone()
             },
             ..self.config.clone()
         };
-        let own = assemble::splits(&config.data, config.data.train_limit, config.seed)?;
+        // As text: the key at fault would not be the student's.
+        let own = assemble::splits(&config.data, config.data.train_limit, config.seed)
+            .map_err(|e| anyhow::anyhow!("teacher {}, its training: {e:#}", teacher.name))?;
         let (network, result) = self.student("teacher", &config, &own, &[], place)?;
         network.set_trainable(false);
         Ok((network, Some((result, own.train()?.len()))))
@@ -358,11 +414,12 @@ impl Session<'_> {
         let shared = runs.first().context("invariant: at least one run")?.1;
         let shape = assemble::input(shared, splits)?;
         let mut board = Board::new(runs.iter().map(|r| r.0), self.args.quiet);
-        let (mut networks, mut students, mut views) = (vec![], vec![], 1);
+        let (mut networks, mut students, mut views, mut means) = (vec![], vec![], 1, false);
         for ((_, config, place), progress) in runs.iter().zip(board.each()) {
             let network = Arc::new(self.network(config, splits, shape)?.with_precision(self.precision));
             let objectives = assemble::objectives(&config.loss)?;
             views = objectives.iter().map(Objective::views).fold(views, usize::max);
+            means |= objectives.iter().any(|o| o.method.needs().class_means);
             let student = Student {
                 model: Arc::clone(&network) as Arc<dyn Model>,
                 objectives,
@@ -371,7 +428,7 @@ impl Session<'_> {
                 options: config.run.clone(),
                 place: Some(RunPlace {
                     command: std::env::args_os().map(|a| a.to_string_lossy().into_owned()).collect(),
-                    metadata: assemble::metadata(&config.student.model, shape, splits)?,
+                    metadata: assemble::metadata(&config.student.model, shape, splits, &config.data)?,
                     ..RunPlace::new(place, config.to_toml()?)
                 }),
             };
@@ -379,7 +436,7 @@ impl Session<'_> {
             students.push((student, progress as &mut dyn Sink));
         }
         let teachers: Vec<Teacher> = teachers.to_vec();
-        let data = assemble::data(shared, splits, views, &self.device)?;
+        let mut data = assemble::data(shared, splits, views, &self.device)?;
         let epochs = runs.iter().zip(&students).map(|(r, (s, _))| r.1.schedule.epochs + s.phase_epochs()).max().unwrap_or(0);
         for Teacher { name, cache, .. } in &teachers {
             if let Some(cache) = cache.as_ref().filter(|_| !self.args.quiet) {
@@ -387,7 +444,10 @@ impl Session<'_> {
                 output::message(&format!("note: the logits of teacher {name} take {mib:.1} MiB in {}", cache.dir.display()));
             }
         }
-        let failed = |e: kd_train::Error| match e.is_usage() {
+        if means && let (Some(config), Some(teacher)) = (shared.teacher.first(), teachers.first()) {
+            data.class_means = assemble::class_means(config, teacher.model.as_ref(), shared, splits, &self.device)?;
+        }
+        let failed = |e: kd_train::Error| match e.is_usage() || assemble::is_unusable_data(&e) {
             true => e.into(),
             false => anyhow::Error::new(RunFailed).context(e.to_string()),
         };
@@ -415,8 +475,18 @@ impl Session<'_> {
         let model = &config.student.model;
         if let Some(path) = &config.student.weights {
             let file = kd_weights::read(Path::new(path))?;
-            return assemble::network_from(model, Some(classes), &file, shape, DType::F32, &self.device)
-                .with_context(|| format!("student, weights {path}"));
+            let network = assemble::network(model, Some(classes), shape, DType::F32, &self.device)?;
+            network.init(Rng::new(config.seed).named("init"))?;
+            let options = kd_weights::LoadOptions { new_head: config.student.new_head, ..Default::default() };
+            let outputs = kd_weights::classes(&file, network.graph());
+            let hint = match outputs {
+                Some(n) if n != classes => {
+                    format!(" ({n} outputs, the data has {classes} classes: student.new_head = true begins the classifier anew)")
+                }
+                _ => String::new(),
+            };
+            kd_weights::load_into(&network, &file, &options).with_context(|| format!("student, weights {path}{hint}"))?;
+            return Ok(network);
         }
         let network = assemble::network(model, Some(classes), shape, DType::F32, &self.device)?;
         // Keyed by the seed and each parameter's name: a baseline and a distilled student begin alike.

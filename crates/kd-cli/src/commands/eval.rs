@@ -5,7 +5,7 @@ use std::path::PathBuf;
 use anyhow::{Context, Result, bail};
 use candle_core::{DType, Device};
 use kd_core::Model;
-use kd_data::{Loader, LoaderOptions, Normalise};
+use kd_data::{Loader, LoaderOptions, Normalise, Pipeline};
 
 use crate::{assemble, output};
 
@@ -35,6 +35,9 @@ pub struct Eval {
     /// Standard deviation of each channel.
     #[arg(long, value_delimiter = ',', requires = "mean")]
     std: Option<Vec<f64>>,
+    /// How images are brought to one size (`resize:256 center-crop:224`); default: as the weights' metadata says.
+    #[arg(long, num_args = 1.., value_name = "TRANSFORM")]
+    resize: Option<Vec<String>>,
     /// Outputs of the classifier; default: as the weights have.
     #[arg(long)]
     classes: Option<usize>,
@@ -78,7 +81,27 @@ pub fn run(args: &Eval) -> Result<()> {
         },
     };
     normalise.check(channels)?;
-    let network = assemble::network_from(&name, args.classes, &file, data.info().shape, DType::F32, &device)?.frozen();
+    // A student of this toolkit is shown images as it was in training.
+    let augment = match (&args.resize, assemble::list(&file.metadata, "augment")?) {
+        (Some(specs), _) => vec![Pipeline::parse(specs)?],
+        (None, Some(specs)) => vec![Pipeline::parse(&specs)?],
+        (None, None) => vec![],
+    };
+    let options = LoaderOptions {
+        batch_size: args.batch_size,
+        normalise: Some(normalise.clone()),
+        augment,
+        device: Device::Cpu,
+        ..LoaderOptions::default()
+    };
+    let mut loader = Loader::eval(data, &options)?;
+    if let Some(names) = assemble::list(&file.metadata, "class_names")?
+        && names != data.info().class_names
+    {
+        let differ = names.iter().zip(&data.info().class_names).position(|(a, b)| a != b).unwrap_or(names.len().min(data.classes()));
+        output::message(&format!("warning: the classes of the weights are not called as those of {}, from class {differ} on", args.data));
+    }
+    let network = assemble::network_from(&name, args.classes, &file, loader.shape(), DType::F32, &device)?.frozen();
     let outputs = network.spec().classes;
     if outputs < data.classes() {
         bail!("{name} has {outputs} outputs, {} has {} classes: every class needs an output", args.data, data.classes());
@@ -86,9 +109,6 @@ pub fn run(args: &Eval) -> Result<()> {
     if outputs > data.classes() {
         output::message(&format!("warning: {name} has {outputs} outputs, {} only {} classes", args.data, data.classes()));
     }
-    let options =
-        LoaderOptions { batch_size: args.batch_size, normalise: Some(normalise.clone()), device: Device::Cpu, ..LoaderOptions::default() };
-    let mut loader = Loader::eval(data, &options)?;
     let evaluation = assemble::in_pool(args.threads, || kd_train::evaluate(&network, &mut loader))??;
     if args.json {
         return output::json(&serde_json::json!({

@@ -1,19 +1,25 @@
-//! `kd-cli info`: a model from the registry, or a weight file.
+//! `kd-cli info`: a model from the registry, a weight file, or a data set.
 
 use std::path::Path;
 
 use anyhow::Result;
 use candle_core::{DType, Device};
 use kd_core::{Cut, Model};
+use kd_data::{Dataset, Loader, LoaderOptions, Pipeline};
 
 use crate::{assemble, output};
 
-/// Prints a model's stages, parameters and cost, or the tensors of a weight file.
+/// Prints a model's stages, parameters and cost, the tensors of a weight file, or the sets and classes of a data set.
 #[derive(clap::Args)]
-#[command(after_help = "Examples:\n  kd-cli info resnet20\n  kd-cli info resnet20 --classes 10 --input 1,8,8\n  kd-cli info resnet56.pth")]
+#[command(
+    after_help = "Examples:\n  kd-cli info resnet20\n  kd-cli info resnet20 --classes 10 --input 1,8,8\n  kd-cli info resnet56.pth\n  kd-cli info imagefolder:DIR --measure"
+)]
 pub struct Info {
-    /// A model of the registry, or a weight file.
+    /// A model of the registry, a weight file, or a data set (`kd-cli list datasets`).
     what: String,
+    /// Of a data set: measures mean and deviation of the training images (what `data.normalise = "computed"` uses).
+    #[arg(long)]
+    measure: bool,
     /// Outputs of the classifier.
     #[arg(long)]
     classes: Option<usize>,
@@ -29,7 +35,47 @@ pub struct Info {
 pub fn run(args: &Info) -> Result<()> {
     let path = Path::new(&args.what);
     let known = kd_models::registry().iter().any(|m| m.name == args.what);
-    if !known && path.exists() { file(path, args.json) } else { model(args) }
+    let source = args.what.split(':').next().unwrap_or_default();
+    let is_data = !known && kd_data::SOURCES.iter().any(|s| s.name == source);
+    match (known, is_data) {
+        (_, true) => data(args),
+        (false, _) if path.exists() => file(path, args.json),
+        _ => model(args),
+    }
+}
+
+fn data(args: &Info) -> Result<()> {
+    let splits = kd_data::open(&args.what)?;
+    let info = &splits.info;
+    let measured = if args.measure {
+        let augment = vec![Pipeline::parse(assemble::customary(&args.what))?];
+        Some(Loader::eval(splits.train()?, &LoaderOptions { augment, ..LoaderOptions::default() })?.mean_std()?)
+    } else {
+        None
+    };
+    let sets = [("train", splits.train.as_ref().ok()), ("validation", splits.validation.as_ref()), ("test", splits.test.as_ref().ok())];
+    let sets: Vec<(&str, &Dataset)> = sets.into_iter().filter_map(|(name, set)| Some((name, set?))).collect();
+    let sizes = |set: &Dataset| set.by_class().iter().map(Vec::len).collect::<Vec<_>>();
+    if args.json {
+        let sets: serde_json::Map<_, _> =
+            sets.iter().map(|(name, set)| (name.to_string(), serde_json::json!({"images": set.len(), "by_class": sizes(set)}))).collect();
+        return output::json(&serde_json::json!({
+            "data": args.what, "shape": info.shape, "class_names": info.class_names, "groups": info.groups, "sets": sets,
+            "normalise": info.normalise, "measured": measured, "notes": splits.notes,
+        }));
+    }
+    let [channels, height, width] = info.shape;
+    output::line(&format!("{}: {} classes, images of {channels} x {height} x {width}", args.what, info.class_names.len()))?;
+    for (name, set) in &sets {
+        let counts = sizes(set);
+        let (least, most) = (counts.iter().min().unwrap_or(&0), counts.iter().max().unwrap_or(&0));
+        output::line(&format!("{name:<12} {} images, {least} to {most} a class", output::thousands(set.len() as u64)))?;
+    }
+    output::line(&format!("normalise    mean {:?} std {:?}", info.normalise.mean, info.normalise.std))?;
+    if let Some(n) = &measured {
+        output::line(&format!("measured     mean {:?} std {:?}", n.mean, n.std))?;
+    }
+    splits.notes.iter().try_for_each(|note| output::line(&format!("note         {note}")))
 }
 
 fn model(args: &Info) -> Result<()> {

@@ -4,6 +4,7 @@ use std::sync::Arc;
 use std::sync::atomic::AtomicBool;
 
 use anyhow::Result;
+use kd_train::config::DataConfig;
 use kd_train::{Config, LossConfig};
 
 use super::distill::{RunArgs, Session};
@@ -31,7 +32,8 @@ pub struct Train {
 pub fn run(args: &Train) -> Result<()> {
     let (config, dir) = args.run.open_for(args.model.as_deref(), args.data.as_deref())?;
     let stop = stop_flag()?;
-    assemble::in_pool(config.threads, || {
+    let done = assemble::in_pool(config.threads, || {
+        assemble::pipeline(&config.data)?;
         let session = Session {
             config: &config,
             args: &args.run,
@@ -49,21 +51,24 @@ pub fn run(args: &Train) -> Result<()> {
             output::line(&format!("top-1 {:.2} %, top-5 {:.2} % ({} of {})", e.top1, e.top5, e.correct, e.total))?;
         }
         output::line(&format!("run directory: {}", dir.display()))
-    })?
+    })?;
+    done.map_err(|e| args.run.located(e, args.model.as_deref(), args.data.is_none(), &config.data))
 }
 
 /// The config without its teachers and the losses that need one.
 pub(crate) fn on_labels(config: &Config) -> Config {
     let alone = |l: &&LossConfig| {
         let built = assemble::method(&l.method).ok().and_then(|m| (m.build)(&serde_json::Value::Object(l.params.clone())).ok());
-        built.is_some_and(|m| m.needs().teacher.is_empty())
+        built.map(|m| m.needs()).is_some_and(|n| n.teacher.is_empty() && !n.teacher_model && !n.class_means)
     };
     let mut loss: Vec<LossConfig> = config.loss.iter().filter(alone).cloned().collect();
     if loss.is_empty() || (loss.len() == 1 && loss[0].method == "ce") {
         // The weight of `ce` beside a teacher's loss means nothing alone.
         loss = vec![LossConfig::new("ce")];
     }
-    Config { teacher: vec![], loss, baseline: false, ..config.clone() }
+    // A loss without a teacher learns from labels.
+    let data = DataConfig { unlabelled: None, ..config.data.clone() };
+    Config { teacher: vec![], loss, baseline: false, data, ..config.clone() }
 }
 
 /// A flag that Ctrl-C and SIGTERM set; a second one ends the program at once.
