@@ -86,7 +86,8 @@ fn methods_have_a_formula_and_a_registry_line() {
     let mut breaches = vec![];
     let mut methods = 0;
     for (file, text) in sources() {
-        if !text.lines().any(|line| line.starts_with("impl") && line.contains(" Method for ")) {
+        // A generic implementation is what several methods share; each of them has a file of its own.
+        if !text.lines().any(|line| line.starts_with("impl Method for ")) {
             continue;
         }
         methods += 1;

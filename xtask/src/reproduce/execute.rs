@@ -118,11 +118,17 @@ fn run_group(mut group: Group, settings: &Settings, kd_cli: &KdCli, failures: &m
             failures.interrupted = true;
             return Ok(());
         }
-        if ended.code == Some(REFUSED) && !started(&folder) && group.rows.len() > 1 {
+        let refused = ended.code == Some(REFUSED) && !has_trained(&folder);
+        if refused && group.rows.len() > 1 {
+            let plan = fs::read_to_string(folder.join("plan.toml")).unwrap_or_default();
             fs::remove_dir_all(&folder)?;
             // One bad row must not keep the others from running: leave out the one that the error names, or run all apart.
-            let named = |row: &Row| ended.message.split(|c: char| c.is_whitespace() || "`'\",:;()".contains(c)).any(|w| w == row.id);
-            let (bad, good): (Vec<_>, Vec<_>) = group.rows.iter().copied().partition(|(row, _)| named(row));
+            let at = row_at_fault(&ended.message, &plan);
+            let (mut bad, mut good) = (vec![], vec![]);
+            for (i, (row, config)) in group.rows.iter().copied().enumerate() {
+                let fault = at == Some(i) || words(&ended.message).any(|w| w == row.id);
+                if fault { bad.push((row, config)) } else { good.push((row, config)) }
+            }
             if bad.is_empty() {
                 say(&format!("{}: apart from now on", ended.message));
                 for alone in Group::all(good, group.seed, true) {
@@ -145,11 +151,29 @@ fn run_group(mut group: Group, settings: &Settings, kd_cli: &KdCli, failures: &m
                 failures.rows.insert((row.id.clone(), group.seed), ended.message.clone());
             }
         }
-        if ended.code == Some(REFUSED) && !started(&folder) {
+        if refused {
+            // Nothing to go on with: the next attempt begins anew.
             fs::remove_dir_all(&folder)?;
         }
         return Ok(());
     }
+}
+
+/// Whether any run in a process's folder has a checkpoint or a result.
+fn has_trained(folder: &Path) -> bool {
+    let some = |p: &Path| fs::read_dir(p.join("checkpoints/last")).is_ok_and(|mut d| d.next().is_some()) || Outcome::read(p).is_some();
+    fs::read_dir(folder).is_ok_and(|mut entries| entries.any(|e| e.is_ok_and(|e| some(&e.path()))))
+}
+
+fn words(message: &str) -> impl Iterator<Item = &str> {
+    message.split(|c: char| c.is_whitespace() || "`'\",:;()".contains(c))
+}
+
+/// The `[[run]]` of a plan that an error means by its line (`plan.toml:12`).
+fn row_at_fault(message: &str, plan: &str) -> Option<usize> {
+    let (_, rest) = message.split_once("plan.toml:")?;
+    let line: usize = rest.split(|c: char| !c.is_ascii_digit()).next()?.parse().ok()?;
+    plan.lines().take(line).filter(|l| l.trim() == "[[run]]").count().checked_sub(1)
 }
 
 /// Begins the run that `config` describes in `run`, or goes on with it.
@@ -167,4 +191,19 @@ fn launch(kd_cli: &KdCli, command: &str, config: &Value, folder: &Path, run: &Pa
 #[allow(clippy::print_stderr, reason = "progress belongs there")]
 fn say(text: &str) {
     eprintln!("=== {text}");
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn an_error_of_a_line_is_an_error_of_its_run() {
+        let plan = "seed = 1\n[[run]]\nname = \"a\"\n[run.optim]\nlr = 1\n[[run]]\nname = \"b\"\n[run.optim]\nkind = \"dot\"\n";
+        assert_eq!(row_at_fault("error: /x/plan.toml:5: lr", plan), Some(0));
+        assert_eq!(row_at_fault("error: /x/plan.toml:9: `optim.kind` is dot", plan), Some(1));
+        assert_eq!(row_at_fault("error: /x/plan.toml:1: seed", plan), None);
+        assert_eq!(row_at_fault("error: no line", plan), None);
+        assert!(words("run `p.kd`: no stages").any(|w| w == "p.kd"));
+    }
 }
