@@ -115,6 +115,8 @@ mod tests {
             {"kind": "model", "name": "giant", "parameters": {"params": 90_000_000}}, {"kind": "model", "name": "new_net4", "parameters": {"params": 5}},
         ]))
         .unwrap();
+        let (whole, _) = table(&registry).unwrap();
+        assert_eq!(whole.budget.name(), "smoke");
         let rows = cover(own(&registry).into_iter());
         let ids: Vec<&str> = rows.iter().map(|r| r.id.as_str()).collect();
         // `ce` comes with the first row; the giant is left out.

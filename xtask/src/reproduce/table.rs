@@ -258,7 +258,7 @@ impl Table {
         }
         let wanted: Vec<&str> = globs.split(',').map(str::trim).filter(|g| !g.is_empty()).collect();
         for glob in &wanted {
-            if !rows.iter().any(|r| r.matches(glob)) {
+            if *glob != "*" && !rows.iter().any(|r| r.matches(glob)) {
                 let methods: Vec<&str> = self.method.iter().map(|m| m.name.as_str()).collect();
                 let pairs: Vec<&str> = self.pair.iter().map(|p| p.name.as_str()).collect();
                 bail!("--rows {glob}: no row of this table; pairs: {}; methods: {}", pairs.join(", "), methods.join(", "));
