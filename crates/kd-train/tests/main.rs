@@ -12,6 +12,8 @@ mod config;
 mod faults;
 #[path = "main/fixtures.rs"]
 mod fixtures;
+#[path = "main/methods.rs"]
+mod methods;
 #[path = "main/optim.rs"]
 mod optim;
 #[path = "main/phases.rs"]
