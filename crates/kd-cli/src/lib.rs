@@ -6,6 +6,7 @@
 pub mod assemble;
 pub mod commands;
 mod failure;
+pub mod figure;
 pub mod output;
 pub mod terminal;
 

@@ -1,5 +1,7 @@
 //! Accuracy, calibration, running means.
 
+use serde::Serialize;
+
 /// How many classes rank before `label` in one row of logits: larger logits, and equal ones of a lower class.
 /// A NaN anywhere in the row ranks the label last.
 pub fn rank(logits: &[f32], label: usize) -> usize {
@@ -67,6 +69,21 @@ impl Mean {
     }
 }
 
+/// The samples of one range of confidence.
+#[derive(Clone, Copy, Debug, PartialEq, Serialize)]
+pub struct Bin {
+    /// Lower end of the range.
+    pub from: f64,
+    /// Upper end.
+    pub to: f64,
+    /// Samples in it.
+    pub n: usize,
+    /// Share of them that are right; 0 without any.
+    pub accuracy: f64,
+    /// Their mean confidence; 0 without any.
+    pub confidence: f64,
+}
+
 /// Expected calibration error over equally wide bins of confidence: `sum_bins n_b/N |accuracy_b - confidence_b|`
 /// (Guo et al., "On Calibration of Modern Neural Networks", ICML 2017, eq. 3).
 #[derive(Clone, Debug)]
@@ -102,6 +119,20 @@ impl Calibration {
         }
     }
 
+    /// The bins of a reliability diagram, from the least confident to the most.
+    pub fn bins(&self) -> Vec<Bin> {
+        let n = self.bins.len() as f64;
+        let over = |sum: f64, n: usize| if n == 0 { 0.0 } else { sum / n as f64 };
+        let bin = |(i, &(samples, correct, confidence)): (usize, &(usize, usize, f64))| Bin {
+            from: i as f64 / n,
+            to: (i + 1) as f64 / n,
+            n: samples,
+            accuracy: over(correct as f64, samples),
+            confidence: over(confidence, samples),
+        };
+        self.bins.iter().enumerate().map(bin).collect()
+    }
+
     /// The error, in `[0, 1]`.
     pub fn error(&self) -> f64 {
         let total: usize = self.bins.iter().map(|b| b.0).sum();
@@ -132,6 +163,12 @@ mod tests {
         let mut c = Calibration::new(15);
         c.add(&[50.0, 0.0], 2, &[1]);
         assert!((c.error() - 1.0).abs() < 1e-9);
+        // Confidences 2/3 (right) and 3/4 (wrong) in halves of the range.
+        let mut c = Calibration::new(2);
+        c.add(&[2f32.ln(), 0.0, 3f32.ln(), 0.0], 2, &[0, 1]);
+        let bins = c.bins();
+        assert_eq!((bins[0].n, bins[0].accuracy, bins[1].n, bins[1].from, bins[1].to), (0, 0.0, 2, 0.5, 1.0));
+        assert!((bins[1].confidence - 17.0 / 24.0).abs() < 1e-6 && bins[1].accuracy == 0.5);
     }
 
     #[test]

@@ -68,6 +68,7 @@
 //!
 //! Invariant: every byte that a run writes goes through [`Files`](files::Files); nothing here builds a model, a method or a data set.
 
+pub mod analysis;
 mod cache;
 mod checkpoint;
 pub mod config;

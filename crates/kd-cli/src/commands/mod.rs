@@ -1,5 +1,6 @@
 //! One file per command.
 
+pub mod analyse;
 pub mod class_means;
 pub mod distill;
 pub mod eval;
@@ -29,6 +30,8 @@ pub enum Command {
     Info(info::Info),
     /// Mean teacher embedding of each class, and the teacher's mean feature norm.
     ClassMeans(class_means::ClassMeans),
+    /// Looks into trained networks: feature norms, directions, the parts of KD, agreement, similarity of stages.
+    Analyse(analyse::Analyse),
     /// Evaluates one loss on given tensors (value, terms, gradients), for comparing with other frameworks.
     Loss(loss::Loss),
     /// Runs one network on given images (outputs, gradients), for comparing with other frameworks.
@@ -45,6 +48,7 @@ pub fn run(command: Command) -> Result<()> {
         Command::List(args) => list::run(&args),
         Command::Info(args) => info::run(&args),
         Command::ClassMeans(args) => class_means::run(&args),
+        Command::Analyse(args) => analyse::run(&args),
         Command::Loss(args) => loss::run(&args),
         Command::Forward(args) => forward::run(&args),
     }
