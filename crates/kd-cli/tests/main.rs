@@ -1,5 +1,8 @@
 //! The binary from outside: what it prints, writes and returns.
 
+#[path = "main/analyse.rs"]
+mod analyse;
+
 use std::collections::BTreeMap;
 use std::io::{BufRead, BufReader};
 use std::path::{Path, PathBuf};
