@@ -63,7 +63,7 @@ pub(super) fn run(args: &Decompose) -> Result<()> {
                 series: vec![series("student - teacher", BLUE, |s| s.student_sum - s.teacher_sum)],
             },
         ];
-        figure::histograms(&format!("{} taught by {} on {}", student.model, teacher.model, inputs.data.info().name), &panels, &[], "")
+        figure::histograms(&format!("{} beside {} on {}", student.model, teacher.model, inputs.data.info().name), &panels, &[], "")
     })?;
     if args.output.json {
         let classes: Vec<_> =

@@ -16,7 +16,7 @@ use crate::{assemble, output};
 /// Which samples, and where they are computed.
 #[derive(clap::Args)]
 pub(super) struct DataArgs {
-    /// Takes data, student and teacher from a run directory (`kd-cli distill`); what else is given goes before.
+    /// Takes data, student and teacher from a run directory (`kd-cli distill`); an option given beside it takes precedence.
     #[arg(long, value_name = "DIR")]
     pub(super) run: Option<PathBuf>,
     /// The data set (`kd-cli list datasets`).

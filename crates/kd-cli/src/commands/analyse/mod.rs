@@ -25,17 +25,13 @@ pub struct Analyse {
     what: What,
 }
 
+// The help of each is that of its arguments.
 #[derive(clap::Subcommand)]
 enum What {
-    /// Length of the embeddings: by class, right and wrong, clean and noisy labels; the images of the smallest and largest (FNKD).
     FeatureNorms(feature_norms::FeatureNorms),
-    /// Length and direction of the embeddings of student and teacher against the class means (KD++).
     Directions(directions::Directions),
-    /// KD as a target part and a rest, and the unequal sums of the non-target probabilities (NKD).
     Decompose(decompose::Decompose),
-    /// Where student and teacher agree, how calibrated they are, and how their classes correlate.
     Agreement(agreement::Agreement),
-    /// Similarity of the stages of two networks, or of one network's own (linear CKA).
     Cka(cka::Cka),
 }
 
