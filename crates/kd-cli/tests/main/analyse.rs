@@ -61,6 +61,8 @@ fn analyses_of_a_run_agree_with_each_other_and_with_eval() {
         assert!(table.contains(word), "no `{word}` in\n{table}");
     }
 
+    // The student's own directory does as well.
+    assert_eq!(json(d, &["feature-norms", "--run", "run/student"])["norm"], norms["norm"]);
     let directions = json(d, &["directions", "--run", "run", "--svg", "directions.svg"]);
     let against = directions["against"].as_array().unwrap();
     assert_eq!(against.len(), 3);

@@ -7,9 +7,9 @@ use anyhow::{Context, Result, bail};
 use candle_core::{DType, Device};
 use indicatif::{ProgressBar, ProgressDrawTarget, ProgressStyle};
 use kd_core::Model;
-use kd_data::{Dataset, Loader, LoaderOptions, Normalise, Options, Pipeline, Splits};
-use kd_train::Config;
+use kd_data::{Dataset, Loader, LoaderOptions, Normalise, Pipeline, Splits};
 use kd_train::analysis::{Seen, Side, sweep};
+use kd_train::{Config, Runs};
 
 use crate::{assemble, output};
 
@@ -118,6 +118,7 @@ pub(super) struct Loaded {
     pub(super) weights: PathBuf,
     pub(super) network: kd_nn::Network,
     normalise: Normalise,
+    augment: Vec<Pipeline>,
 }
 
 impl DataArgs {
@@ -134,10 +135,9 @@ impl DataArgs {
         }
         let (train_limit, own_seed) = run.as_ref().map_or((0, 1), |r| (r.config.data.train_limit, r.config.seed));
         let seed = noise.seed.unwrap_or(own_seed);
-        let options = Options { train_limit, validation: data.validation, label_noise: data.label_noise };
-        let splits = kd_data::open(&data.source)?;
-        // Without a training set there is nothing to select from, and nothing else to say about a test set.
-        let splits = if options == Options::default() { splits } else { splits.select(&options, seed)? };
+        let plain = kd_train::config::DataConfig { source: data.source.clone(), ..Default::default() };
+        // A test set alone will do where nothing is asked of the training set.
+        let splits = if data == plain { kd_data::open(&data.source)? } else { assemble::splits(&data, train_limit, seed)? };
         let set = if self.split == Split::Test { splits.test()? } else { splits.train()? };
         let set = balanced(set, self.limit);
         let names = run.as_ref().map(|_| assemble::augmentation(&data)).unwrap_or_default();
@@ -247,7 +247,12 @@ impl Inputs {
             Some((mean, std)) => Normalise::new(mean, std),
             None => assemble::normalisation(&file.metadata)?.unwrap_or_else(|| self.data.info().normalise.clone()),
         };
-        let input = Loader::eval(&self.data, &self.options(&normalise))?.shape();
+        // A network of this toolkit is shown images as it was in training.
+        let augment = match assemble::list(&file.metadata, "augment")? {
+            Some(specs) => vec![Pipeline::parse(&specs)?],
+            None => self.augment.clone(),
+        };
+        let input = Loader::eval(&self.data, &self.options(&normalise, &augment))?.shape();
         let network = assemble::network_from(&model, None, &file, input, DType::F32, &self.device)
             .with_context(|| format!("{title}, weights {}", weights.display()))?
             .frozen();
@@ -258,21 +263,21 @@ impl Inputs {
         if outputs > classes {
             output::message(&format!("warning: {model} has {outputs} outputs, {} only {classes} classes", self.source));
         }
-        Ok(Loaded { title: title.to_string(), model, weights: weights.to_path_buf(), network, normalise })
+        Ok(Loaded { title: title.to_string(), model, weights: weights.to_path_buf(), network, normalise, augment })
     }
 
-    fn options(&self, normalise: &Normalise) -> LoaderOptions {
+    fn options(&self, normalise: &Normalise, augment: &[Pipeline]) -> LoaderOptions {
         LoaderOptions {
             batch_size: self.batch_size,
             normalise: Some(normalise.clone()),
-            augment: self.augment.clone(),
+            augment: augment.to_vec(),
             ..LoaderOptions::default()
         }
     }
 
     /// `set` as `network` wants to see it.
     pub(super) fn loader(&self, set: &Dataset, network: &Loaded) -> Result<Loader> {
-        Ok(Loader::eval(set, &self.options(&network.normalise))?)
+        Ok(Loader::eval(set, &self.options(&network.normalise, &network.augment))?)
     }
 
     /// Runs `job` on the threads that were asked for.
@@ -329,7 +334,16 @@ impl Run {
         if !path.is_file() {
             bail!("--run {}: there is no config.toml, so no run", dir.display());
         }
-        Ok(Self { dir: dir.to_path_buf(), config: Config::load(&path, &[], assemble::methods())? })
+        let mut runs = Runs::load(&path, &[], assemble::methods())?;
+        if runs.side_by_side {
+            let names: Vec<String> = runs.configs.iter().map(|c| c.name.clone()).collect();
+            runs.configs.retain(|c| c.name == "student");
+            if runs.configs.is_empty() {
+                bail!("--run {}: it holds several runs; name the directory of one: {}", dir.display(), names.join(", "));
+            }
+        }
+        let config = runs.configs.pop().with_context(|| format!("{}: it describes no run", path.display()))?;
+        Ok(Self { dir: dir.to_path_buf(), config })
     }
 
     fn has_teacher(&self) -> bool {
