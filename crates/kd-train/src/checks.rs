@@ -130,22 +130,30 @@ pub(crate) fn teacher(teacher: &Teacher, evaluation: &Evaluation, split: Split, 
 
 /// After a step in which every loss took part: was every parameter that is to be trained reached?
 ///
-/// Reached, not non-zero: a parameter behind a dead ReLU is fine, one that no loss depends on is a mistake in the configuration.
-pub(crate) fn reached(parts: &[Part], grads: &Gradients, exempt: impl Fn(&Part) -> bool) -> Result<()> {
-    let mut networks = grads.networks.iter();
+/// `passes` are the backward passes of the step; one of them is enough. Reached, not non-zero: a parameter behind a dead ReLU is fine, one that no loss depends on is a mistake in the configuration.
+pub(crate) fn reached(parts: &[Part], passes: &[&Gradients], exempt: impl Fn(&Part) -> bool) -> Result<()> {
+    let mut networks = 0;
     for part in parts {
-        let gradients = part.network().and_then(|_| networks.next()).and_then(Option::as_ref);
+        let number = networks;
+        networks += usize::from(part.network().is_some());
         if exempt(part) {
             continue;
         }
         let missed: Vec<&str> = match &part.target {
-            Target::Var(var) => grads.store.get(var).is_none().then_some(part.name.as_str()).into_iter().collect(),
+            Target::Var(var) => {
+                let found = passes.iter().any(|pass| pass.store.get(var).is_some());
+                (!found).then_some(part.name.as_str()).into_iter().collect()
+            }
             Target::Network(network) => {
-                let reached = gradients.map(|g| g.reached.as_slice()).unwrap_or_default();
+                let found = |tensor: usize| {
+                    let of =
+                        |pass: &&Gradients| pass.networks.get(number).and_then(Option::as_ref).and_then(|n| n.reached.get(tensor).copied());
+                    passes.iter().any(|pass| of(pass).unwrap_or(false))
+                };
                 let entries = network.params().map(|p| p.entries()).unwrap_or_default();
                 let unused = |name: &str| part.unused.iter().any(|prefix| name.starts_with(prefix.as_str()));
-                let missed = entries.iter().zip(reached).filter(|(e, reached)| !**reached && !unused(&e.name));
-                missed.map(|(e, _)| e.name.as_str()).collect()
+                let missed = entries.iter().enumerate().filter(|&(i, e)| !found(i) && !unused(&e.name));
+                missed.map(|(_, e)| e.name.as_str()).collect()
             }
         };
         if !missed.is_empty() {

@@ -5,12 +5,12 @@ use std::sync::Arc;
 use std::time::Instant;
 
 use candle_core::{DType, Device, Tensor};
-use kd_core::{Batch, Cut, LossTerms, Mode, Model, Models, Outputs, Progress, Rng, Setup, StateDict, StepView};
+use kd_core::{Batch, Cut, LossTerms, Mode, Model, Models, Outputs, Progress, Rng, Setup, StateDict, StepView, Tag};
 
 use crate::evaluate::evaluate_unless;
 use crate::events::{Event, Sink, Split, StepReport, Subject};
 use crate::job::{Objective, Outcome, Student, labels};
-use crate::optim::{Part, Target, clip_scale, grad_norm};
+use crate::optim::{Part, SplitGradient, Target, clip_scale, grad_norm};
 use crate::parts::{self, fingerprint, home, tensors};
 use crate::run_dir::{Checkpoint, RunDir};
 use crate::stage::{Lead, Stage, Wants, parts_of};
@@ -276,25 +276,8 @@ impl<'s> Learner<'s> {
         let loss = terms.total()?;
         let (loss_value, values) = self.read(&terms, &loss, &batch)?;
 
-        let networks: Vec<&dyn Model> = self.stage.parts.iter().filter_map(|p| p.network()).collect();
-        let mut grads = kd_nn::backward(&loss, &networks)?;
-        self.check_reached(&grads)?;
-        let idle = self.idle();
-        let mut flat = grads.networks.drain(..);
-        let gradient = |part: &Part| match &part.target {
-            Target::Network(_) => Ok(flat.next().flatten().map(|n| n.flat).filter(|_| !idle.contains(&part.name))),
-            // A phase leaves alone what it has no use for.
-            Target::Var(var) if self.lead().is_some() => Ok(grads.store.get(var).cloned()),
-            // As in a flat gradient, a loss that is silent for now leaves zero.
-            Target::Var(var) => grads.store.get(var).map_or_else(|| var.zeros_like(), |g| Ok(g.clone())).map(Some),
-        };
-        let grads: Vec<Option<Tensor>> = self.stage.parts.iter().map(gradient).collect::<candle_core::Result<_>>()?;
-        let norm = grad_norm(&grads)?;
-        if !norm.is_finite() {
-            return Err(non_finite(&self.state, "the gradient's norm".to_string(), norm, &batch));
-        }
         let lr = self.lr(course);
-        self.stage.optimiser.step(&grads, lr, clip_scale(norm, self.own.optim.clip_grad_norm))?;
+        let norm = if self.stage.optimiser.splits() { self.update_split(&terms, &batch, lr)? } else { self.update(&loss, &batch, lr)? };
         Ok(StepReport {
             epoch: self.epoch(),
             phase: self.phase(),
@@ -414,8 +397,64 @@ impl<'s> Learner<'s> {
         Ok((total, values))
     }
 
+    /// Backward, norm, clipping and the optimiser's step on the whole loss; the gradient's norm.
+    fn update(&mut self, loss: &Tensor, batch: &Batch, lr: f64) -> Result<f64> {
+        let networks: Vec<&dyn Model> = self.stage.parts.iter().filter_map(|p| p.network()).collect();
+        let mut grads = kd_nn::backward(loss, &networks)?;
+        self.check_reached(&[&grads])?;
+        let idle = self.idle();
+        let mut flat = grads.networks.drain(..);
+        let gradient = |part: &Part| match &part.target {
+            Target::Network(_) => Ok(flat.next().flatten().map(|n| n.flat).filter(|_| !idle.contains(&part.name))),
+            // A phase leaves alone what it has no use for.
+            Target::Var(var) if self.lead().is_some() => Ok(grads.store.get(var).cloned()),
+            // As in a flat gradient, a loss that is silent for now leaves zero.
+            Target::Var(var) => grads.store.get(var).map_or_else(|| var.zeros_like(), |g| Ok(g.clone())).map(Some),
+        };
+        let grads: Vec<Option<Tensor>> = self.stage.parts.iter().map(gradient).collect::<candle_core::Result<_>>()?;
+        let norm = self.norm(&grads, batch)?;
+        self.stage.optimiser.step(&grads, lr, clip_scale(norm, self.own.optim.clip_grad_norm))?;
+        Ok(norm)
+    }
+
+    /// The same with one backward pass for the terms of either tag; the norm is that of the sum.
+    fn update_split(&mut self, terms: &LossTerms, batch: &Batch, lr: f64) -> Result<f64> {
+        let networks: Vec<&dyn Model> = self.stage.parts.iter().filter_map(|p| p.network()).collect();
+        let backward = |tag| terms.total_of(tag)?.map(|loss| kd_nn::backward(&loss, &networks)).transpose();
+        let mut passes = [backward(Tag::Task)?, backward(Tag::Distill)?];
+        self.check_reached(&passes.iter().flatten().collect::<Vec<_>>())?;
+        let idle = self.idle();
+        let mut split: Vec<[Option<SplitGradient>; 2]> = self.stage.parts.iter().map(|_| [None, None]).collect();
+        for (which, pass) in passes.iter_mut().enumerate() {
+            let Some(pass) = pass else { continue };
+            let mut networks = pass.networks.drain(..);
+            for (part, split) in self.stage.parts.iter().zip(&mut split) {
+                split[which] = match &part.target {
+                    Target::Network(_) => {
+                        let found = networks.next().flatten().filter(|_| !idle.contains(&part.name));
+                        found.map(|n| SplitGradient { flat: n.flat, reached: n.reached })
+                    }
+                    Target::Var(var) => pass.store.get(var).map(|g| SplitGradient { flat: g.clone(), reached: vec![true] }),
+                };
+            }
+        }
+        let sum = |[task, distill]: &[Option<SplitGradient>; 2]| match (task, distill) {
+            (Some(a), Some(b)) => (&a.flat + &b.flat).map(Some),
+            (one, other) => Ok(one.as_ref().or(other.as_ref()).map(|g| g.flat.clone())),
+        };
+        let norm = self.norm(&split.iter().map(sum).collect::<candle_core::Result<Vec<_>>>()?, batch)?;
+        self.stage.optimiser.step_split(&split, lr, clip_scale(norm, self.own.optim.clip_grad_norm))?;
+        Ok(norm)
+    }
+
+    /// The l2 norm over all gradients, which must be finite.
+    fn norm(&self, grads: &[Option<Tensor>], batch: &Batch) -> Result<f64> {
+        let norm = grad_norm(grads)?;
+        if norm.is_finite() { Ok(norm) } else { Err(non_finite(&self.state, "the gradient's norm".to_string(), norm, batch)) }
+    }
+
     /// Once in a stage, in the first step in which no loss is silent.
-    fn check_reached(&mut self, grads: &kd_nn::Gradients) -> Result<()> {
+    fn check_reached(&mut self, passes: &[&kd_nn::Gradients]) -> Result<()> {
         let (main, epoch) = (self.lead().is_none(), self.epoch());
         if self.stage.reached || (main && self.own.objectives.iter().any(|o| o.weight != 0.0 && o.factor(epoch) == 0.0)) {
             return Ok(());
@@ -425,7 +464,7 @@ impl<'s> Learner<'s> {
         let idle = self.idle();
         let idle_var = |part: &Part| !main && matches!(part.target, Target::Var(_));
         let exempt = |part: &Part| idle_var(part) || silent.iter().any(|prefix| part.name.starts_with(prefix)) || idle.contains(&part.name);
-        checks::reached(&self.stage.parts, grads, exempt)?;
+        checks::reached(&self.stage.parts, passes, exempt)?;
         self.stage.reached = true;
         Ok(())
     }

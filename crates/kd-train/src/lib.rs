@@ -72,6 +72,7 @@ pub mod analysis;
 mod cache;
 mod checkpoint;
 pub mod config;
+pub mod dot;
 pub mod evaluate;
 pub mod events;
 pub mod files;

@@ -1,4 +1,4 @@
-//! Optimisers over flat buffers: SGD and AdamW, with everything resume needs in the open.
+//! Optimisers over flat buffers: SGD, AdamW and [DOT](crate::dot), with everything resume needs in the open.
 //!
 //! `g` gradient (after clipping), `p` parameter; every parameter alike, batch norms and biases included.
 //!
@@ -20,6 +20,8 @@ use kd_core::params::Element;
 use kd_core::{Error, Flat, Model, Result, StateDict};
 use serde::{Deserialize, Serialize};
 
+use crate::dot::{Dot, Kind};
+
 /// Which rule.
 #[derive(Clone, Copy, Debug, Default, PartialEq, Eq, Serialize, Deserialize)]
 #[serde(rename_all = "lowercase")]
@@ -29,6 +31,8 @@ pub enum OptimKind {
     Sgd,
     /// [`AdamW`].
     Adamw,
+    /// [`Dot`]: SGD with momenta of their own for the labels and for distillation.
+    Dot,
 }
 
 /// The `[optim]` section. Values of the other kind are ignored.
@@ -39,8 +43,10 @@ pub struct OptimConfig {
     pub kind: OptimKind,
     /// The base learning rate.
     pub lr: f64,
-    /// SGD: share of the buffer that stays.
+    /// SGD and DOT: share of the buffer that stays.
     pub momentum: f64,
+    /// DOT: by how much distillation's momentum is larger and the task's smaller.
+    pub delta: f64,
     /// SGD: look ahead by one step of the buffer.
     pub nesterov: bool,
     /// On every parameter.
@@ -62,6 +68,7 @@ impl Default for OptimConfig {
             kind: OptimKind::Sgd,
             lr: 0.05,
             momentum: 0.9,
+            delta: 0.075,
             nesterov: false,
             weight_decay: 5e-4,
             beta1: 0.9,
@@ -88,6 +95,13 @@ impl OptimConfig {
         if self.kind == OptimKind::Sgd && self.nesterov && self.momentum == 0.0 {
             return Err(Error::param("optim.nesterov", true, "false without momentum"));
         }
+        if self.kind == OptimKind::Dot {
+            let allowed = format!("at least 0, at most the momentum and less than 1 - momentum = {}", 1.0 - self.momentum);
+            check("delta", self.delta, self.delta >= 0.0 && self.delta <= self.momentum && self.delta < 1.0 - self.momentum, &allowed)?;
+            if self.nesterov {
+                return Err(Error::param("optim.nesterov", true, "false with kind = \"dot\""));
+            }
+        }
         Ok(())
     }
 
@@ -95,6 +109,9 @@ impl OptimConfig {
         match self.kind {
             OptimKind::Sgd => {
                 Rule::Sgd(Sgd { momentum: self.momentum, dampening: 0.0, nesterov: self.nesterov, weight_decay: self.weight_decay })
+            }
+            OptimKind::Dot => {
+                Rule::Dot(Dot { momentum: self.momentum, delta: self.delta, dampening: 0.0, weight_decay: self.weight_decay })
             }
             OptimKind::Adamw => Rule::AdamW(AdamW { beta1: self.beta1, beta2: self.beta2, eps: self.eps, weight_decay: self.weight_decay }),
         }
@@ -217,6 +234,7 @@ impl AdamW {
 enum Rule {
     Sgd(Sgd),
     AdamW(AdamW),
+    Dot(Dot),
 }
 
 impl Rule {
@@ -225,6 +243,7 @@ impl Rule {
         match self {
             Self::Sgd(_) => &["momentum"],
             Self::AdamW(_) => &["exp_avg", "exp_avg_sq"],
+            Self::Dot(_) => &["momentum_task", "momentum_kd"],
         }
     }
 }
@@ -259,13 +278,25 @@ impl Part {
     }
 }
 
+/// The gradient of a part by one kind of loss.
+pub struct SplitGradient {
+    /// Flat for a network.
+    pub flat: Tensor,
+    /// Which of the part's tensors it reaches.
+    pub reached: Vec<bool>,
+}
+
 struct Trained {
     name: String,
     target: Target,
     /// What moves, within the flat values.
     ranges: Vec<Range<usize>>,
+    /// The single tensors that move, with their numbers: for rules that tell them apart.
+    tensors: Vec<(usize, Range<usize>)>,
     buffers: Vec<Flat>,
     steps: u64,
+    /// DOT: gradients that each tensor's buffers have taken.
+    taken: [Vec<i64>; 2],
 }
 
 /// The optimiser of a run: one rule over several parts.
@@ -284,7 +315,7 @@ impl Optimiser {
         let parts = parts
             .into_iter()
             .map(|part| {
-                let (len, dtype, device, ranges) = match &part.target {
+                let (len, dtype, device, ranges, tensors) = match &part.target {
                     Target::Network(network) => {
                         let params = network.params().ok_or_else(|| Error::missing(&part.name, "flat parameters"))?;
                         let used = |name: &str| !part.unused.iter().any(|prefix| name.starts_with(prefix.as_str()));
@@ -295,14 +326,19 @@ impl Optimiser {
                                 _ => ranges.push(entry.range()),
                             }
                         }
-                        (params.count(), params.dtype(), params.device().clone(), ranges)
+                        let tensors = params.entries().iter().enumerate().filter(|(_, e)| used(&e.name));
+                        let tensors = tensors.map(|(i, e)| (i, e.range())).collect();
+                        (params.count(), params.dtype(), params.device().clone(), ranges, tensors)
                     }
                     Target::Var(var) => {
-                        (var.elem_count(), var.dtype(), var.device().clone(), std::iter::once(0..var.elem_count()).collect())
+                        let all = 0..var.elem_count();
+                        (var.elem_count(), var.dtype(), var.device().clone(), vec![all.clone()], vec![(0, all)])
                     }
                 };
+                let tensors: Vec<(usize, Range<usize>)> = tensors;
                 let buffers = rule.buffers().iter().map(|_| Flat::zeros(len, dtype, &device)).collect::<Result<_>>()?;
-                Ok(Trained { name: part.name, target: part.target, ranges, buffers, steps: 0 })
+                let taken = [(); 2].map(|()| vec![0; tensors.last().map_or(0, |(i, _)| i + 1)]);
+                Ok(Trained { name: part.name, target: part.target, ranges, tensors, buffers, steps: 0, taken })
             })
             .collect::<Result<_>>()?;
         Ok(Self { rule, parts })
@@ -320,6 +356,28 @@ impl Optimiser {
         Ok(())
     }
 
+    /// As [`Optimiser::step`] with the gradients of task and distillation apart: DOT's step.
+    ///
+    /// # Errors
+    /// Another rule.
+    pub fn step_split(&mut self, grads: &[[Option<SplitGradient>; 2]], lr: f64, scale: f64) -> Result<()> {
+        let Rule::Dot(dot) = self.rule else {
+            return Err(Error::refused("gradients of task and distillation apart are for optim.kind = \"dot\""));
+        };
+        for (part, grads) in self.parts.iter_mut().zip(grads) {
+            if grads.iter().any(Option::is_some) {
+                part.steps += 1;
+                part.step_split(&dot, grads, Step { lr, scale, t: part.steps })?;
+            }
+        }
+        Ok(())
+    }
+
+    /// Whether it wants the gradients of task and distillation apart.
+    pub fn splits(&self) -> bool {
+        matches!(self.rule, Rule::Dot(_))
+    }
+
     /// Buffers and step counts by part name, copies.
     pub fn state(&self) -> Result<StateDict> {
         let mut state = StateDict::new();
@@ -327,6 +385,10 @@ impl Optimiser {
             state.insert(format!("{}.steps", part.name), Tensor::new(part.steps as i64, &Device::Cpu)?);
             for (buffer, name) in part.buffers.iter().zip(self.rule.buffers()) {
                 state.insert(format!("{}.{name}", part.name), buffer.snapshot()?);
+                if let Rule::Dot(_) = self.rule {
+                    let taken = &part.taken[usize::from(*name == "momentum_kd")];
+                    state.insert(format!("{}.{name}.taken", part.name), Tensor::from_slice(taken, taken.len(), &Device::Cpu)?);
+                }
             }
         }
         Ok(state)
@@ -341,6 +403,14 @@ impl Optimiser {
         for part in &mut self.parts {
             for (buffer, name) in part.buffers.iter().zip(self.rule.buffers()) {
                 buffer.set(get(&format!("{}.{name}", part.name))?)?;
+                if let Rule::Dot(_) = self.rule {
+                    let taken = &mut part.taken[usize::from(*name == "momentum_kd")];
+                    let found = get(&format!("{}.{name}.taken", part.name))?;
+                    if found.dims() != [taken.len()] {
+                        return Err(Error::shape(format!("{}.{name}.taken", part.name), format!("[{}]", taken.len()), found.dims()));
+                    }
+                    *taken = found.to_vec1::<i64>()?;
+                }
             }
             part.steps = get(&format!("{}.steps", part.name))?.to_scalar::<i64>()? as u64;
         }
@@ -366,6 +436,72 @@ impl Trained {
         }
     }
 
+    /// DOT's step: neighbouring tensors of one kind move in one sweep.
+    fn step_split(&mut self, dot: &Dot, grads: &[Option<SplitGradient>; 2], step: Step) -> Result<()> {
+        let has = |which: usize, tensor: usize| grads[which].as_ref().is_some_and(|g| g.reached.get(tensor).copied().unwrap_or(false));
+        let mut runs: Vec<(Kind, Range<usize>)> = vec![];
+        for (i, range) in &self.tensors {
+            let (task, distill) = (has(0, *i), has(1, *i));
+            let kind = Kind { task, distill, first_task: self.taken[0][*i] == 0, first_distill: self.taken[1][*i] == 0 };
+            self.taken[0][*i] += i64::from(task);
+            self.taken[1][*i] += i64::from(distill);
+            match runs.last_mut() {
+                Some((last, run)) if *last == kind && run.end == range.start => run.end = range.end,
+                _ => runs.push((kind, range.clone())),
+            }
+        }
+        let silent = grads.iter().flatten().next().map(|g| g.flat.zeros_like()).transpose()?;
+        let Some(silent) = silent else { return Ok(()) };
+        let flat = |which: usize| grads[which].as_ref().map_or(&silent, |g| &g.flat).flatten_all();
+        let flats = [flat(0)?, flat(1)?];
+        match &self.target {
+            Target::Network(network) => {
+                let params = network.params().ok_or_else(|| Error::missing(&self.name, "flat parameters"))?;
+                match (params.device().is_cpu(), params.dtype()) {
+                    (true, DType::F32) => self.sweep_split::<f32>(params.values(), dot, &flats, &runs, step),
+                    (true, DType::F64) => self.sweep_split::<f64>(params.values(), dot, &flats, &runs, step),
+                    _ => params.values().set(&self.compose_split(params.values().snapshot()?, dot, &flats, &runs, step)?),
+                }
+            }
+            Target::Var(var) => {
+                let moved = self.compose_split(var.as_detached_tensor().flatten_all()?, dot, &flats, &runs, step)?;
+                Ok(var.set(&moved.reshape(var.shape())?)?)
+            }
+        }
+    }
+
+    fn sweep_split<T: Real>(&self, values: &Flat, dot: &Dot, g: &[Tensor; 2], runs: &[(Kind, Range<usize>)], step: Step) -> Result<()> {
+        with_slice::<T, _>(&g[0], |task| {
+            with_slice::<T, _>(&g[1], |kd| {
+                values.write::<T, _>(|p| {
+                    self.buffers[0].write::<T, _>(|v| {
+                        self.buffers[1].write::<T, _>(|w| {
+                            for (kind, r) in runs.iter().cloned() {
+                                let (g, v) = ([&task[r.clone()], &kd[r.clone()]], [&mut v[r.clone()], &mut w[r.clone()]]);
+                                dot.sweep(&mut p[r], g, v, kind, step);
+                            }
+                        })
+                    })
+                })
+            })
+        })?????;
+        Ok(())
+    }
+
+    /// The new values; the buffers move too.
+    fn compose_split(&self, mut values: Tensor, dot: &Dot, g: &[Tensor; 2], runs: &[(Kind, Range<usize>)], step: Step) -> Result<Tensor> {
+        let mut buffers = [self.buffers[0].snapshot()?, self.buffers[1].snapshot()?];
+        for (kind, range) in runs {
+            let part = |t: &Tensor| t.narrow(0, range.start, range.len());
+            let (gs, vs) = ([part(&g[0])?, part(&g[1])?], [part(&buffers[0])?, part(&buffers[1])?]);
+            let (moved, [v, w]) = dot.compose(&part(&values)?, [&gs[0], &gs[1]], [&vs[0], &vs[1]], *kind, step)?;
+            values = values.slice_scatter0(&moved, range.start)?;
+            buffers = [buffers[0].slice_scatter0(&v, range.start)?, buffers[1].slice_scatter0(&w, range.start)?];
+        }
+        self.buffers.iter().zip(&buffers).try_for_each(|(flat, new)| flat.set(new))?;
+        Ok(values)
+    }
+
     fn sweep<T: Real>(&self, values: &Flat, rule: &Rule, grad: &Tensor, step: Step) -> Result<()> {
         with_slice::<T, _>(grad, |g| {
             values.write::<T, _>(|p| match rule {
@@ -379,6 +515,7 @@ impl Trained {
                         }
                     })
                 })?,
+                Rule::Dot(_) => Err(undivided()),
             })
         })??
     }
@@ -397,6 +534,7 @@ impl Trained {
                     let (p, m, q) = adam.compose(&part(&values)?, &part(grad)?, &part(&buffers[0])?, &part(&buffers[1])?, step)?;
                     vec![p, m, q]
                 }
+                Rule::Dot(_) => return Err(undivided()),
             };
             for (old, new) in std::iter::once(&mut values).chain(&mut buffers).zip(&moved) {
                 *old = old.slice_scatter0(new, range.start)?;
@@ -405,6 +543,11 @@ impl Trained {
         self.buffers.iter().zip(&buffers).try_for_each(|(flat, new)| flat.set(new))?;
         Ok(values)
     }
+}
+
+/// DOT cannot tell the two kinds of loss apart in their sum.
+fn undivided() -> Error {
+    Error::refused("optim.kind = \"dot\" needs the gradients of task and distillation apart")
 }
 
 /// The l2 norm over all gradients, summed in f64 in a fixed order on the CPU.

@@ -4,7 +4,8 @@ use std::sync::Arc;
 
 use candle_core::{DType, Device, Tensor, Var};
 use kd_core::{Model, Rng};
-use kd_train::optim::{AdamW, OptimConfig, OptimKind, Optimiser, Part, Real, Sgd, Step, Target, clip_scale, grad_norm};
+use kd_train::dot::{Dot, Kind};
+use kd_train::optim::{AdamW, OptimConfig, OptimKind, Optimiser, Part, Real, Sgd, SplitGradient, Step, Target, clip_scale, grad_norm};
 use serde_json::Value;
 
 use crate::fixtures::{self, Fixture, relative, values};
@@ -215,4 +216,127 @@ fn nonsense_is_refused_by_name() {
         let message = config.validate().unwrap_err().to_string();
         assert!(message.contains(&format!("optim.{key}")), "{message}");
     }
+}
+
+/// DOT's trajectories through the optimiser itself, each parameter a variable of its own.
+#[test]
+fn golden_dot_trajectories() {
+    let Some(fixtures) = fixtures::all("losses") else { return };
+    let mut checked = 0;
+    for fixture in fixtures.iter().filter(|f| f.name.starts_with("dot.")) {
+        let params = fixture.json("params");
+        let dot = Dot {
+            momentum: number(&params, "momentum"),
+            delta: number(&params, "delta"),
+            dampening: number(&params, "dampening"),
+            weight_decay: number(&params, "weight_decay"),
+        };
+        let lr = number(&params, "lr");
+        let names: Vec<&str> = fixture.names().filter_map(|n| n.strip_prefix("param.")).collect();
+        let steps = (0..).take_while(|t| names.iter().any(|n| fixture.find(&format!("state.param.{t}.{n}")).is_some())).count();
+        assert!(steps >= 3 && !names.is_empty());
+        for (dtype, tolerance) in [(DType::F64, 1e-10), (DType::F32, 1e-6)] {
+            let check = |name: &str, found: &[f64]| {
+                let error = relative(found, &fixture.values(name));
+                assert!(error <= tolerance, "{} {dtype:?}: {name}: relative error {error:e}", fixture.name);
+            };
+            for name in &names {
+                let load = |name: &str| fixture.find(name).map(|t| t.to_dtype(dtype).unwrap().flatten_all().unwrap());
+                let p = load(&format!("param.{name}")).unwrap();
+                // Through the optimiser, where its rule has no dampening.
+                let var = Var::from_tensor(&p).unwrap();
+                let config = OptimConfig {
+                    kind: OptimKind::Dot,
+                    lr,
+                    momentum: dot.momentum,
+                    delta: dot.delta,
+                    weight_decay: dot.weight_decay,
+                    ..OptimConfig::default()
+                };
+                let part = Part { name: "p".to_string(), target: Target::Var(var.clone()), unused: vec![] };
+                let mut optimiser = Optimiser::new(&config, vec![part]).unwrap();
+                // And the two ways to compute the rule.
+                let zero = p.zeros_like().unwrap();
+                let (mut composed, mut buffers) = (p.clone(), [zero.clone(), zero.clone()]);
+                let (mut swept, mut v) = (values(&p), [values(&zero), values(&zero)]);
+                let mut taken = [0; 2];
+                for t in 0..steps {
+                    let g = [load(&format!("grad_task.{t}.{name}")), load(&format!("grad_kd.{t}.{name}"))];
+                    let kind =
+                        Kind { task: g[0].is_some(), distill: g[1].is_some(), first_task: taken[0] == 0, first_distill: taken[1] == 0 };
+                    taken = [taken[0] + usize::from(kind.task), taken[1] + usize::from(kind.distill)];
+                    let [task, kd] = [&g[0], &g[1]].map(|g| g.clone().unwrap_or_else(|| zero.clone()));
+                    let step = Step { lr, scale: 1.0, t: t as u64 + 1 };
+                    (composed, buffers) = dot.compose(&composed, [&task, &kd], [&buffers[0], &buffers[1]], kind, step).unwrap();
+                    let [a, b] = &mut v;
+                    dot.sweep(&mut swept, [&values(&task), &values(&kd)], [a, b], kind, step);
+                    let key = format!("state.param.{t}.{name}");
+                    check(&key, &values(&composed));
+                    check(&key, &swept);
+                    if dot.dampening == 0.0 {
+                        let split = g.map(|g| g.map(|flat| SplitGradient { flat, reached: vec![true] }));
+                        optimiser.step_split(&[split], lr, 1.0).unwrap();
+                        check(&key, &values(var.as_tensor()));
+                    }
+                }
+                for (i, which) in ["task", "kd"].iter().enumerate() {
+                    let key = format!("state.momentum_{which}.{name}");
+                    assert_eq!(fixture.find(&key).is_some(), taken[i] > 0, "{}: {key}", fixture.name);
+                    if taken[i] > 0 {
+                        check(&key, &values(&buffers[i]));
+                        check(&key, &v[i]);
+                    }
+                }
+            }
+        }
+        checked += 1;
+    }
+    println!("{checked} dot fixtures checked");
+    assert!(checked > 0);
+}
+
+/// A network whose batch norm learns from the task alone and whose classifier from distillation alone, against variables of their own.
+#[test]
+fn dot_tells_the_tensors_of_a_network_apart_and_resumes() {
+    let config = OptimConfig { kind: OptimKind::Dot, ..OptimConfig::default() };
+    let network = Arc::new(tiny_net(3, DType::F64));
+    let entries = network.parameters().entries().to_vec();
+    let n = network.parameters().values().len();
+    let reaches = |which: usize, name: &str| if name.starts_with("bn") { which == 0 } else { which == 1 || !name.starts_with("fc") };
+    let vars: Vec<Var> = (0..entries.len()).map(|i| Var::from_tensor(&network.parameters().value(i).unwrap()).unwrap()).collect();
+    let part = |name: String, target| Part { name, target, unused: vec![] };
+    let whole = || vec![part("network".to_string(), Target::Network(network.clone() as Arc<dyn Model>))];
+    let mut optimiser = Optimiser::new(&config, whole()).unwrap();
+    let single = vars.iter().enumerate().map(|(i, v)| part(format!("var.{i}"), Target::Var(v.clone()))).collect();
+    let mut apart = Optimiser::new(&config, single).unwrap();
+    assert!(optimiser.splits() && optimiser.step(&[Some(random(n, "g"))], 0.1, 1.0).is_err());
+    for t in 0..4 {
+        let flat = [random(n, &format!("task{t}")), random(n, &format!("kd{t}"))];
+        let reached = |which| entries.iter().map(|e| reaches(which, &e.name)).collect::<Vec<_>>();
+        let grads = [0, 1].map(|w| Some(SplitGradient { flat: flat[w].clone(), reached: reached(w) }));
+        if t == 2 {
+            // A second optimiser goes on from the first one's state.
+            let state = optimiser.state().unwrap();
+            optimiser = Optimiser::new(&config, whole()).unwrap();
+            optimiser.load_state(&state).unwrap();
+        }
+        optimiser.step_split(&[grads], 0.1, 0.5).unwrap();
+        let own = |e: &kd_core::ParamEntry| {
+            [0, 1].map(|w| {
+                let flat = flat[w].narrow(0, e.offset, e.len()).unwrap();
+                reaches(w, &e.name).then_some(SplitGradient { flat, reached: vec![true] })
+            })
+        };
+        apart.step_split(&entries.iter().map(own).collect::<Vec<_>>(), 0.1, 0.5).unwrap();
+        for (i, var) in vars.iter().enumerate() {
+            let (a, b) = (values(&network.parameters().value(i).unwrap()), values(var.as_tensor()));
+            assert!(relative(&a, &b) < 1e-14, "step {t}: {}", entries[i].name);
+        }
+    }
+    let mut wrong = optimiser.state().unwrap();
+    wrong.remove("network.momentum_kd.taken");
+    assert!(optimiser.load_state(&wrong).is_err());
+    let refused = |c: OptimConfig| c.validate().unwrap_err().to_string();
+    assert!(refused(OptimConfig { delta: 0.1, ..config.clone() }).contains("optim.delta = 0.1"));
+    assert!(refused(OptimConfig { nesterov: true, ..config }).contains("nesterov"));
 }

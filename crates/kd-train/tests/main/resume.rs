@@ -9,6 +9,7 @@ use crate::support::{Recipe, place, remains};
 fn recipes() -> Vec<Recipe> {
     let base = Recipe::default();
     let adamw = OptimConfig { kind: OptimKind::Adamw, ..base.optim.clone() };
+    let dot = OptimConfig { kind: OptimKind::Dot, nesterov: false, ..base.optim.clone() };
     vec![
         Recipe { validation: true, ..base.clone() },
         Recipe { methods: vec!["ce", "kd", "everything"], optim: adamw, ..base.clone() },
@@ -18,6 +19,7 @@ fn recipes() -> Vec<Recipe> {
             ..base.clone()
         },
         Recipe { methods: vec!["ce", "warm"], validation: true, ..base.clone() },
+        Recipe { methods: vec!["ce", "kd", "everything"], optim: dot, ..base.clone() },
         Recipe { own_model: true, validation: true, options: RunOptions { checkpoint_every: 0, ..RunOptions::default() }, ..base },
     ]
 }
