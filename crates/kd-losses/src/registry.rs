@@ -53,6 +53,12 @@ pub fn registry() -> &'static [MethodEntry] {
         crate::ab::ENTRY,
         crate::ft::ENTRY,
         crate::fsp::ENTRY,
+        crate::wttm::ENTRY,
+        crate::rld::ENTRY,
+        crate::crld::ENTRY,
+        crate::wkd_l::ENTRY,
+        crate::wkd_f::ENTRY,
+        crate::fcfd::ENTRY,
     ];
     METHODS
 }

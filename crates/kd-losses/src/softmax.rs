@@ -98,6 +98,11 @@ pub(crate) fn one_against_others(z: &Tensor, y: &Tensor) -> Result<Tensor> {
     Ok(Tensor::cat(&[&log_odds, &log_odds.zeros_like()?], 1)?)
 }
 
+/// The softmax of each row over the classes kept, 0 at the others, in the graph of `z`.
+pub(crate) fn softmax_over(z: &Tensor, keep: &Tensor) -> Result<Tensor> {
+    Ok((log_softmax_over(z, keep)?.0.exp()? * keep)?)
+}
+
 /// `log softmax` of each row over the classes kept, 0 at the others, and the logarithm of the sum over them `[B,1]`.
 fn log_softmax_over(z: &Tensor, keep: &Tensor) -> Result<(Tensor, Tensor)> {
     // z keep + 0 where kept, far below every logit where not: exact, and no infinity that 0 could meet.

@@ -8,6 +8,8 @@ mod main {
     mod golden;
     mod golden_anchors;
     mod methods;
+    mod newer;
+    mod newer_loop;
     mod properties;
     mod stages;
     mod steps;

@@ -36,6 +36,12 @@ fn defaults() -> Vec<(&'static str, Value)> {
         ("ab", json(to_value(kd_losses::ab::Params::default()))),
         ("ft", json(to_value(kd_losses::ft::Params::default()))),
         ("fsp", json(to_value(kd_losses::fsp::Params::default()))),
+        ("wttm", json(to_value(kd_losses::wttm::Params::default()))),
+        ("rld", json(to_value(kd_losses::rld::Params::default()))),
+        ("crld", json(to_value(kd_losses::crld::Params::default()))),
+        ("wkd_l", json(to_value(kd_losses::wkd_l::Params::default()))),
+        ("wkd_f", json(to_value(kd_losses::wkd_f::Params::default()))),
+        ("fcfd", json(to_value(kd_losses::fcfd::Params::default()))),
     ]
 }
 
