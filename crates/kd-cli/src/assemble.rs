@@ -2,12 +2,13 @@
 
 use std::collections::BTreeMap;
 use std::path::Path;
-use std::sync::LazyLock;
+use std::sync::{Arc, LazyLock};
 
 use anyhow::{Context, Result, bail};
 use candle_core::{DType, Device, Tensor};
-use kd_core::{BatchSource, MethodEntry, Model, Needs};
+use kd_core::{BatchSource, MethodEntry, MethodNotes, Model, Needs};
 use kd_data::{Loader, LoaderOptions, Normalise, Options, Pipeline, Splits, Unlabelled};
+use kd_losses::simkd::Deployed;
 use kd_nn::{Network, Precision};
 use kd_train::config::{self, Config, DataConfig, TeacherConfig};
 use kd_train::{LossConfig, Objective, StringMap};
@@ -37,6 +38,11 @@ pub fn methods() -> &'static [MethodEntry] {
     static ALL: LazyLock<Vec<MethodEntry>> =
         LazyLock::new(|| kd_losses::registry().iter().chain(kd_blockwise::registry()).copied().collect());
     &ALL
+}
+
+/// Cost class and checks of every method, by name.
+pub fn method_notes() -> BTreeMap<&'static str, MethodNotes> {
+    kd_losses::NOTES.iter().chain(kd_blockwise::NOTES).map(|n| (n.name, *n)).collect()
 }
 
 /// The method called `name`.
@@ -157,6 +163,22 @@ pub fn network_from(
     let network = network(name, Some(classes), input, dtype, device)?;
     kd_weights::load_into(&network, file, &kd_weights::LoadOptions::default())?;
     Ok(network)
+}
+
+/// As [`network_from`], frozen, for files that hold what a method ships instead of the student alone.
+pub fn deployed_from(
+    name: &str,
+    classes: Option<usize>,
+    mut file: WeightFile,
+    input: [usize; 3],
+    dtype: DType,
+    device: &Device,
+) -> Result<Arc<dyn Model>> {
+    let (extra, own) = file.tensors.into_iter().partition(|(key, _)| key.starts_with(Deployed::PREFIX));
+    file.tensors = own;
+    let network: Arc<dyn Model> = Arc::new(network_from(name, classes, &file, input, dtype, device)?.frozen());
+    let extra: Vec<(String, Tensor)> = extra;
+    if extra.is_empty() { Ok(network) } else { Ok(Arc::new(Deployed::restore(network, &extra.into_iter().collect())?)) }
 }
 
 /// Mean and deviation that a weight file was trained with, when it says so.

@@ -162,6 +162,21 @@ fn the_copy_in_configs_is_the_quickstart() {
 }
 
 #[test]
+fn the_page_of_methods_is_up_to_date() {
+    let dir = folder();
+    let page = ok(dir.path(), &["list", "methods", "--markdown"]);
+    for name in ["| [`kd`](#kd) | 2015 | both: logits |", "## fitnet", "| `temperature` |"] {
+        assert!(page.contains(name), "{page}");
+    }
+    // A packaged crate has no workspace around it.
+    if let Ok(file) = std::fs::read_to_string(Path::new(env!("CARGO_MANIFEST_DIR")).join("../../docs/methods.md")) {
+        let differs = file.lines().zip(page.lines()).find(|(a, b)| a != b);
+        assert!(file == page, "docs/methods.md is stale; write it with `kd-cli list methods --markdown`. First difference: {differs:?}");
+    }
+    assert!(refused(dir.path(), &["list", "--markdown"]).contains("list methods --markdown"));
+}
+
+#[test]
 fn loss_gives_value_terms_and_gradients() {
     let dir = folder();
     let logits = Tensor::new(&[[1f64, 2.0, -1.0], [0.5, 0.0, 0.25]], &Device::Cpu).unwrap();

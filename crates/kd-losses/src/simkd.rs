@@ -22,7 +22,8 @@
 //!
 //! Term: `feature`. State: the projector's running statistics. Use it alone, with weight 1: cross-entropy and kd have weight 0 in the
 //! release, and the layers of the student behind its last stage (its own classifier among them) are left as they are.
-//! What is evaluated and exported is [`Deployed`]: student, projector `simkd.projector.*` and classifier `simkd.classifier.*`.
+//! What is evaluated and exported is [`Deployed`]: student, projector `simkd.projector.*`, classifier `simkd.classifier.*` and
+//! `simkd.settings` (the teacher's grid, `bn_eps`); [`Deployed::restore`] reads it back, and `kd-cli eval` does.
 //! Cost: `C_s m + 9 m^2 + m C_t` multiply-accumulates per cell, `m = C_t/f`, in training and deployed.
 //!
 //! The teacher's classifier must stand right behind the mean of its last stage (networks with layers in between are refused).
@@ -122,6 +123,7 @@ struct Prepared {
     projector: Arc<Network>,
     classifier: Classifier,
     stages: (usize, usize),
+    grid: [usize; 2],
     unused: Vec<String>,
 }
 
@@ -170,6 +172,7 @@ impl Method for SimKd {
             projector: Arc::new(projector),
             classifier: srrl::classifier(teacher, setup)?,
             stages,
+            grid: other.size,
             unused: behind(setup.models.student, Cut::Stage(stages.0))?,
         });
         Ok(())
@@ -185,7 +188,8 @@ impl Method for SimKd {
 
     fn deploy(&self, student: Arc<dyn Model>) -> Result<Arc<dyn Model>> {
         let p = self.prepared()?;
-        Ok(Arc::new(Deployed::new(student, Arc::clone(&p.projector), p.classifier.clone(), Cut::Stage(p.stages.0))?))
+        let settings = [p.grid[0] as f64, p.grid[1] as f64, self.params.bn_eps];
+        Ok(Arc::new(Deployed::new(student, Arc::clone(&p.projector), p.classifier.clone(), Cut::Stage(p.stages.0), settings)?))
     }
 
     fn loss(&mut self, step: &StepView<'_>) -> Result<LossTerms> {
@@ -225,15 +229,62 @@ pub struct Deployed {
 }
 
 impl Deployed {
-    /// The composition; `from` is the student's cut that the projector takes.
-    ///
-    /// # Errors
-    /// Whatever copying the tensors says.
-    pub fn new(student: Arc<dyn Model>, projector: Arc<Network>, classifier: Classifier, from: Cut) -> Result<Self> {
+    /// What the names of an export's tensors begin with that are not the student's own.
+    pub const PREFIX: &'static str = "simkd.";
+
+    /// The composition; `from` is the student's cut that the projector takes, `settings` the teacher's grid and the epsilon.
+    fn new(student: Arc<dyn Model>, projector: Arc<Network>, classifier: Classifier, from: Cut, settings: [f64; 3]) -> Result<Self> {
         let (classes, embedding) = classifier.weight.dims2()?;
         let spec = ModelSpec { name: format!("{} with simkd", student.spec().name), classes, embedding, ..student.spec().clone() };
-        let params = student.params().map(|own| combined(own, projector.parameters(), &classifier)).transpose()?;
+        let params = student.params().map(|own| combined(own, projector.parameters(), &classifier, settings)).transpose()?;
         Ok(Self { student, projector, classifier, from, spec, params })
+    }
+
+    /// From the tensors of an export whose names begin with [`Deployed::PREFIX`], around `student`, which holds its own.
+    ///
+    /// # Errors
+    /// A tensor that is missing or does not fit.
+    pub fn restore(student: Arc<dyn Model>, extra: &StateDict) -> Result<Self> {
+        let get = |name: &str| {
+            let name = format!("{}{name}", Self::PREFIX);
+            extra.get(&name).ok_or_else(|| Error::missing("a student of simkd", name))
+        };
+        let [weights, last] = [get("projector.conv1.weight")?, get("projector.conv3.weight")?];
+        let (&[narrow, channels, ..], &[width, ..]) = (weights.dims(), last.dims()) else {
+            return Err(Error::shape("simkd.projector.conv1.weight", "[out, in, 1, 1]", weights.dims()));
+        };
+        let settings = get("settings")?.to_dtype(DType::F64)?.flatten_all()?.to_vec1::<f64>()?;
+        let &[h, w, bn_eps] = settings.as_slice() else {
+            return Err(Error::shape("simkd.settings", "[3]", get("settings")?.dims()));
+        };
+        let spec = student.spec();
+        let from = spec.stages.len().checked_sub(1).ok_or_else(|| Error::refused(format!("simkd: {} has no stage", spec.name)))?;
+        let stage = &spec.stages[from];
+        if narrow == 0 || !width.is_multiple_of(narrow) || stage.channels != channels || h < 1.0 || w < 1.0 {
+            let expected = format!("[a divisor of {width}, {}, 1, 1], for {}", stage.channels, spec.name);
+            return Err(Error::shape("simkd.projector.conv1.weight", expected, weights.dims()));
+        }
+        let params = Params { factor: width / narrow, bn_eps, ..Params::default() };
+        params.validate()?;
+        let (dtype, device) = match student.params() {
+            Some(p) => (p.dtype(), p.device().clone()),
+            None => (weights.dtype(), weights.device().clone()),
+        };
+        let projector = Network::new(params.projector(channels, stage.size, width, [h as usize, w as usize])?, dtype, &device)?.frozen();
+        let named = |name: &str| extra.get(&format!("{}projector.{name}", Self::PREFIX)).cloned();
+        for (name, _) in projector.parameters().keys() {
+            if named(&name).is_none() && !name.ends_with("num_batches_tracked") {
+                return Err(Error::missing("a student of simkd", format!("{}projector.{name}", Self::PREFIX)));
+            }
+        }
+        projector.parameters().assign(named)?;
+        let here = |t: &Tensor| -> Result<Tensor> { Ok(t.to_device(&device)?.to_dtype(dtype)?) };
+        let weight = here(get("classifier.weight")?)?;
+        if weight.rank() != 2 || weight.dim(1)? != width {
+            return Err(Error::shape("simkd.classifier.weight", format!("[K, {width}]"), weight.dims()));
+        }
+        let bias = get("classifier.bias").ok().map(here).transpose()?;
+        Self::new(student, Arc::new(projector), Classifier { weight, bias }, Cut::Stage(from), [h, w, bn_eps])
     }
 
     fn logits(&self, embedding: &Tensor) -> Result<Tensor> {
@@ -241,11 +292,17 @@ impl Deployed {
     }
 }
 
-fn combined(student: &kd_core::Params, projector: &kd_core::Params, classifier: &Classifier) -> Result<kd_core::Params> {
+fn combined(
+    student: &kd_core::Params,
+    projector: &kd_core::Params,
+    classifier: &Classifier,
+    settings: [f64; 3],
+) -> Result<kd_core::Params> {
     let mut all = student.state_dict()?;
     all.extend(projector.state_dict()?.into_iter().map(|(name, t)| (format!("simkd.projector.{name}"), t)));
     all.push(("simkd.classifier.weight".to_string(), classifier.weight.clone()));
     all.extend(classifier.bias.iter().map(|b| ("simkd.classifier.bias".to_string(), b.clone())));
+    all.push(("simkd.settings".to_string(), Tensor::new(&settings, student.device())?));
     let mut builder = ParamsBuilder::default();
     for (name, tensor) in &all {
         if tensor.dtype() == DType::I64 {

@@ -7,7 +7,7 @@
 //! x         = relu(bn(projector(S)))                      to the teacher's channels and grid
 //! mu, sigma = mean and sqrt(unbiased variance + eps) of each channel over each of grid x grid regions
 //! mean      = sum_c,regions (mu_x - mu_T)^2 / (B grid^2),   deviation = sum_c,regions (sigma_x - sigma_T)^2 / (B grid^2)
-//! value     = d (mean_weight mean + deviation),   d = 1 until decay_epoch, then falling to 0 as half a cosine
+//! value     = d (mean_weight mean + deviation),   d = 1 for full_epochs epochs, then falling to 0 as half a cosine
 //! ```
 //!
 //! The squared 2-Wasserstein distance between Gaussians with diagonal covariances.
@@ -24,12 +24,12 @@
 //! | `grid` | 1 | >= 1 | regions of at least two cells along each axis (adaptive pooling's bins) |
 //! | `mean_weight` | 4 | >= 0 | |
 //! | `eps` | 1e-5 | > 0 | |
-//! | `decay_epoch` | 150 | >= 0 | the last epoch (from 1) of full weight |
+//! | `full_epochs` | 150 | >= 0 | epochs of full weight |
 //! | `bn_eps`, `bn_momentum` | 1e-5, 0.1 | > 0, 0..=1 | of the projector's batch norm |
 //!
 //! Terms: `mean`, `deviation`. State: the projector's running statistics. Use with `ce` of weight 1.
 //!
-//! | pair | weight | mean_weight | projector | grid | decay_epoch |
+//! | pair | weight | mean_weight | projector | grid | full_epochs |
 //! |---|---|---|---|---|---|
 //! | CIFAR-100 res32x4-res8x4 | 0.006 | 4 | conv1x1 | 1 | 150 |
 //! | ImageNet R34-R18 | 0.02 | 2 | bottleneck | 4 | 0 |
@@ -79,8 +79,8 @@ pub struct Params {
     pub mean_weight: f64,
     /// Added to the variances, above 0.
     pub eps: f64,
-    /// The last epoch, counted from 1, of full weight.
-    pub decay_epoch: usize,
+    /// Epochs of full weight.
+    pub full_epochs: usize,
     /// Epsilon of the projector's batch norm, above 0.
     pub bn_eps: f64,
     /// The batch's share of the projector's running statistics, in 0..=1.
@@ -95,7 +95,7 @@ impl Default for Params {
             grid: 1,
             mean_weight: 4.0,
             eps: 1e-5,
-            decay_epoch: 150,
+            full_epochs: 150,
             bn_eps: 1e-5,
             bn_momentum: 0.1,
         }
@@ -223,7 +223,7 @@ impl Method for WkdF {
         let mode = Mode::Train(step.rng.named("projector"));
         let x = network.run(step.student()?.get(cuts[0])?, Cut::Input, &[Cut::Stage(0)], mode)?;
         let terms = wkd_f(x.stage(0)?, step.teacher()?.get(cuts[1])?, &self.params)?;
-        Ok(terms.scaled(decay(step.progress, self.params.decay_epoch)))
+        Ok(terms.scaled(decay(step.progress, self.params.full_epochs)))
     }
 }
 
@@ -253,7 +253,7 @@ pub const ENTRY: MethodEntry = MethodEntry {
         ParamDoc { name: "grid", default: "1", range: ">= 1", about: "regions along each axis" },
         ParamDoc { name: "mean_weight", default: "4.0", range: ">= 0", about: "weight of the means' distance" },
         ParamDoc { name: "eps", default: "1e-5", range: "> 0", about: "added to the variances" },
-        ParamDoc { name: "decay_epoch", default: "150", range: ">= 0", about: "the last epoch of full weight" },
+        ParamDoc { name: "full_epochs", default: "150", range: ">= 0", about: "epochs of full weight" },
         ParamDoc { name: "bn_eps", default: "1e-5", range: "> 0", about: "epsilon of the projector's batch norm" },
         ParamDoc { name: "bn_momentum", default: "0.1", range: "0..=1", about: "the batch's share of its running statistics" },
     ],

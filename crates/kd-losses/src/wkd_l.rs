@@ -8,7 +8,7 @@
 //! wasserstein = mean_b sum_ij f_ij c_ij                               f transports p' to v', softmaxes at T over the classes but y
 //! c_ij        = 1 - exp(-sharpen (1 - cos(w_i, w_j))) + 1e-8          w: the teacher's classifier rows or mean embeddings
 //! sinkhorn:     u = 1/(K-1);  repeat:  v = v' / (M^T u + 1e-8),  u = p' / (M v + 1e-8);   f = u_i M_ij v_j,   M = exp(-c / reg)
-//! value       = target + gamma d wasserstein,   d = 1 until decay_epoch, then falling to 0 as half a cosine
+//! value       = target + gamma d wasserstein,   d = 1 for full_epochs epochs, then falling to 0 as half a cosine
 //! ```
 //!
 //! The gradient runs through all iterations, as released.
@@ -27,7 +27,7 @@
 //! | `sharpen` | 1 | >= 0 | 0: the cosine distance as it is |
 //! | `reg` | 0.05 | > 0 | regularisation; small ones are exact and slow |
 //! | `iterations` | 10 | >= 1 | |
-//! | `decay_epoch` | 150 | >= 0 | the last epoch (from 1) of full weight |
+//! | `full_epochs` | 150 | >= 0 | epochs of full weight |
 //!
 //! Terms: `target`, `wasserstein`. Use with `ce` of weight 1. Cost O(iterations B K^2) in products with one `[K,K]` matrix, as the label's
 //! row and column are masked by zeros instead of being cut out for every sample (the release copies the matrix `B` times); memory
@@ -78,13 +78,13 @@ pub struct Params {
     pub reg: f64,
     /// Iterations of Sinkhorn's algorithm, at least 1.
     pub iterations: usize,
-    /// The last epoch, counted from 1, in which `wasserstein` has its full weight.
-    pub decay_epoch: usize,
+    /// Epochs in which `wasserstein` has its full weight.
+    pub full_epochs: usize,
 }
 
 impl Default for Params {
     fn default() -> Self {
-        Self { gamma: 800.0, temperature: 8.0, cost: ClassCost::Classifier, sharpen: 1.0, reg: 0.05, iterations: 10, decay_epoch: 150 }
+        Self { gamma: 800.0, temperature: 8.0, cost: ClassCost::Classifier, sharpen: 1.0, reg: 0.05, iterations: 10, full_epochs: 150 }
     }
 }
 
@@ -114,13 +114,13 @@ impl Params {
     }
 }
 
-/// 1 until epoch `decay_epoch` (from 1), then half a cosine that reaches 0 in the last one.
-pub(crate) fn decay(progress: Progress, decay_epoch: usize) -> f64 {
+/// 1 for `full_epochs` epochs, then half a cosine that reaches 0 in the last one.
+pub(crate) fn decay(progress: Progress, full_epochs: usize) -> f64 {
     let epoch = progress.epoch + 1;
-    if epoch <= decay_epoch || progress.epochs <= decay_epoch {
+    if epoch <= full_epochs || progress.epochs <= full_epochs {
         return 1.0;
     }
-    let share = (epoch - decay_epoch) as f64 / (progress.epochs - decay_epoch) as f64;
+    let share = (epoch - full_epochs) as f64 / (progress.epochs - full_epochs) as f64;
     0.5 * (1.0 + (share * std::f64::consts::PI).cos())
 }
 
@@ -187,7 +187,7 @@ impl Method for WkdL {
 
     fn loss(&mut self, step: &StepView<'_>) -> Result<LossTerms> {
         let cost = self.cost.as_ref().ok_or_else(|| Error::missing(ENTRY.name, "the classes' cost (`prepare` computes it)"))?;
-        let params = Params { gamma: self.params.gamma * decay(step.progress, self.params.decay_epoch), ..self.params.clone() };
+        let params = Params { gamma: self.params.gamma * decay(step.progress, self.params.full_epochs), ..self.params.clone() };
         wkd_l(step.student()?.logits()?, step.teacher()?.logits()?, cost, labels::of(step.batch), &params)
     }
 }
@@ -221,7 +221,7 @@ pub const ENTRY: MethodEntry = MethodEntry {
         ParamDoc { name: "sharpen", default: "1.0", range: ">= 0", about: "sharpening of the cosine distance" },
         ParamDoc { name: "reg", default: "0.05", range: "> 0", about: "regularisation of the transport" },
         ParamDoc { name: "iterations", default: "10", range: ">= 1", about: "of Sinkhorn's algorithm" },
-        ParamDoc { name: "decay_epoch", default: "150", range: ">= 0", about: "the last epoch of full weight" },
+        ParamDoc { name: "full_epochs", default: "150", range: ">= 0", about: "epochs of full weight" },
     ],
     build: |params| Ok(Box::new(WkdL { params: parse(params, Params::validate)?, cost: None })),
     parity,

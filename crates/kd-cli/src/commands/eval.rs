@@ -4,7 +4,6 @@ use std::path::PathBuf;
 
 use anyhow::{Context, Result, bail};
 use candle_core::{DType, Device};
-use kd_core::Model;
 use kd_data::{Loader, LoaderOptions, Normalise, Pipeline};
 
 use crate::{assemble, output};
@@ -101,7 +100,7 @@ pub fn run(args: &Eval) -> Result<()> {
         let differ = names.iter().zip(&data.info().class_names).position(|(a, b)| a != b).unwrap_or(names.len().min(data.classes()));
         output::message(&format!("warning: the classes of the weights are not called as those of {}, from class {differ} on", args.data));
     }
-    let network = assemble::network_from(&name, args.classes, &file, loader.shape(), DType::F32, &device)?.frozen();
+    let network = assemble::deployed_from(&name, args.classes, file, loader.shape(), DType::F32, &device)?;
     let outputs = network.spec().classes;
     if outputs < data.classes() {
         bail!("{name} has {outputs} outputs, {} has {} classes: every class needs an output", args.data, data.classes());
@@ -109,7 +108,7 @@ pub fn run(args: &Eval) -> Result<()> {
     if outputs > data.classes() {
         output::message(&format!("warning: {name} has {outputs} outputs, {} only {} classes", args.data, data.classes()));
     }
-    let evaluation = assemble::in_pool(args.threads, || kd_train::evaluate(&network, &mut loader))??;
+    let evaluation = assemble::in_pool(args.threads, || kd_train::evaluate(network.as_ref(), &mut loader))??;
     if args.json {
         return output::json(&serde_json::json!({
             "model": name, "weights": args.weights.display().to_string(), "data": args.data, "top1": evaluation.top1, "top5": evaluation.top5,

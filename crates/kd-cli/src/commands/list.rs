@@ -1,8 +1,9 @@
 //! `kd-cli list`: the registries.
 
-use anyhow::Result;
+use anyhow::{Result, bail};
 use serde_json::{Value, json};
 
+use crate::commands::methods_page;
 use crate::{assemble, output};
 
 /// Lists what configs can name.
@@ -15,6 +16,9 @@ pub struct List {
     /// An array of objects with `name`, `about`, `needs`, `parameters`.
     #[arg(long)]
     json: bool,
+    /// Methods alone, as the page `docs/methods.md`.
+    #[arg(long, conflicts_with = "json")]
+    markdown: bool,
 }
 
 #[derive(Clone, Copy, PartialEq, Eq, clap::ValueEnum)]
@@ -26,6 +30,12 @@ enum Kind {
 
 /// Runs the command.
 pub fn run(args: &List) -> Result<()> {
+    if args.markdown {
+        if args.what != Some(Kind::Methods) {
+            bail!("--markdown: there is a page of methods alone; use `kd-cli list methods --markdown`");
+        }
+        return output::line(methods_page::page()?.trim_end());
+    }
     let kinds = args.what.map_or_else(|| vec![Kind::Models, Kind::Methods, Kind::Datasets], |k| vec![k]);
     if args.json {
         let all = kinds.iter().map(|&k| objects(k)).collect::<Result<Vec<_>>>()?;
@@ -53,16 +63,20 @@ fn objects(kind: Kind) -> Result<Vec<Value>> {
                 }))
             })
             .collect(),
-        Kind::Methods => assemble::methods()
-            .iter()
-            .map(|m| {
-                let needs = assemble::default_needs(m);
-                Ok(json!({
-                    "kind": "method", "name": m.name, "about": m.about, "needs": needs, "parameters": m.parameters,
-                    "source": m.source, "year": m.year,
-                }))
-            })
-            .collect(),
+        Kind::Methods => {
+            let notes = assemble::method_notes();
+            assemble::methods()
+                .iter()
+                .map(|m| {
+                    let needs = assemble::default_needs(m);
+                    let notes = notes.get(m.name);
+                    Ok(json!({
+                        "kind": "method", "name": m.name, "about": m.about, "needs": needs, "parameters": m.parameters,
+                        "source": m.source, "year": m.year, "cost": notes.map(|n| n.cost), "checks": notes.map(|n| n.checks),
+                    }))
+                })
+                .collect()
+        }
         Kind::Datasets => Ok(kd_data::SOURCES
             .iter()
             .map(|s| json!({"kind": "dataset", "name": s.name, "about": s.about, "needs": {"argument": s.argument}, "parameters": []}))

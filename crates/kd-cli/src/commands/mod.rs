@@ -9,6 +9,7 @@ pub mod info;
 pub mod init;
 pub mod list;
 pub mod loss;
+pub mod methods_page;
 pub mod train;
 
 use anyhow::Result;

@@ -70,6 +70,7 @@ impl Bench {
             models: self.models(),
             classes: K,
             train_samples: 100,
+            train_labels: None,
             batch_size,
             class_means: method.needs().class_means.then_some(&means),
             class_groups: None,
@@ -215,6 +216,18 @@ fn simkd_ships_student_projector_and_the_teachers_classifier() {
     let names: Vec<String> = deployed.params().unwrap().state_dict().unwrap().into_iter().map(|(n, _)| n).collect();
     for name in ["conv0.weight", "simkd.projector.conv2.weight", "simkd.projector.bn3.running_var", "simkd.classifier.bias"] {
         assert!(names.iter().any(|n| n == name), "{name} is not among {names:?}");
+    }
+    // An export read back is the same network.
+    let exported: BTreeMap<String, Tensor> = deployed.params().unwrap().state_dict().unwrap().into_iter().collect();
+    let extra: kd_core::StateDict = exported.into_iter().filter(|(n, _)| n.starts_with(kd_losses::simkd::Deployed::PREFIX)).collect();
+    let restored = kd_losses::simkd::Deployed::restore(bench.student.clone(), &extra).unwrap();
+    let logits = restored.run(images, Cut::Input, &[Cut::Logits], Mode::Eval).unwrap();
+    assert!(close(logits.logits().unwrap(), out.logits().unwrap()));
+    for (name, _) in extra.iter().filter(|(n, _)| !n.ends_with("num_batches_tracked") && !n.ends_with("bias")) {
+        let mut without = extra.clone();
+        without.remove(name);
+        let message = kd_losses::simkd::Deployed::restore(bench.student.clone(), &without).err().unwrap().to_string();
+        assert!(message.contains(name.as_str()), "{message}");
     }
     assert!(deployed.run(images, Cut::Stage(0), &[Cut::Logits], Mode::Eval).err().unwrap().to_string().contains("stage.0"));
 }
