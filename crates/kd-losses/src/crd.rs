@@ -30,7 +30,7 @@
 //! Terms: `student_anchor`, `teacher_anchor`. Recipe: `ce` of weight 1 beside this of weight 0.8, for every pair; CRD+KD: `kd` of weight 1, too.
 //!
 //! Negatives are drawn anew at every visit, uniformly from the samples of other classes; where the data does not tell its labels, uniformly from
-//! all samples. They are a function of (seed, step, row), as everything random.
+//! all samples. An image without a label has a row, too, and all labelled samples as its others. They are a function of (seed, step, row), as everything random.
 //!
 //! State, in every checkpoint: both memories, `2 n dim` numbers (51 MB in f32 for CIFAR-100, 1.3 GB for ImageNet), and both Z. They stay in the
 //! CPU's memory; on a GPU the anchors `[B,dim]` come to them and the gradients go back. Gathered, a step's rows would be `2 B k dim` numbers (1.07 GB
@@ -343,9 +343,10 @@ struct Sampler {
 }
 
 impl Sampler {
-    /// `labels` of all `n` samples; `None`: every sample counts as another class.
+    /// `labels` of the first of `n` samples; `None`: every sample counts as another class.
     fn new(labels: Option<&[u32]>, n: usize) -> Result<Self> {
         let Some(labels) = labels else { return Ok(Self { labels: vec![], by_class: (0..n as u32).collect(), starts: vec![] }) };
+        let n = labels.len();
         let classes = labels.iter().max().map_or(0, |&y| y as usize + 1);
         let mut starts = vec![0; classes + 1];
         labels.iter().for_each(|&y| starts[y as usize + 1] += 1);
@@ -408,8 +409,8 @@ impl Method for Crd {
     }
 
     fn prepare(&mut self, setup: &Setup<'_>) -> Result<()> {
-        // A loader that drops its last batch still deals out the indices of all samples.
-        let n = setup.train_labels.map_or(setup.train_samples, <[u32]>::len);
+        // A loader that drops its last batch still deals out the indices of all samples; images without labels come after those with one.
+        let n = setup.train_samples.max(setup.train_labels.map_or(0, <[u32]>::len));
         if n < 2 {
             return Err(Error::refused(format!(
                 "crd contrasts training samples with each other, of which there must be at least 2, got {n}"

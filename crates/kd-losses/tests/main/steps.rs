@@ -324,6 +324,17 @@ fn crd_streams_what_a_gathered_computation_gives() {
 }
 
 #[test]
+fn crd_takes_images_without_labels_after_those_with_one() {
+    let mut bench = Bench::new();
+    bench.labels.truncate(25); // samples 25 to 39 have none
+    let mut method = bench.prepare("crd", &json!({"negatives": 24})).unwrap();
+    let terms = bench.loss(method.as_mut(), 1).unwrap(); // sample 30 is one of them
+    assert!(scalar(&terms.total().unwrap()).is_finite());
+    let rows = method.state().unwrap()["bank_teacher"].to_vec2::<f64>().unwrap();
+    assert!((rows[30].iter().map(|x| x * x).sum::<f64>() - 1.0).abs() < 1e-12);
+}
+
+#[test]
 fn what_cannot_work_is_refused_with_the_reason() {
     let mut bench = Bench::new();
     let refused = |bench: &Bench, name: &str, params: Value, words: &[&str]| {
