@@ -2,6 +2,7 @@
 //! knows are tests (`cargo test -p xtask`, module `tidy`).
 #![allow(clippy::print_stdout, reason = "a command-line tool")]
 
+mod bench;
 #[cfg(unix)]
 mod cuda_check;
 mod release_check;
@@ -16,6 +17,7 @@ use clap::Parser;
 #[derive(Parser)]
 #[command(bin_name = "cargo xtask", about = "Maintenance commands of the kd workspace")]
 enum Task {
+    Bench(bench::Args),
     ReleaseCheck(release_check::Args),
     Reproduce(reproduce::Args),
     #[cfg(unix)]
@@ -24,6 +26,7 @@ enum Task {
 
 fn main() -> Result<()> {
     match Task::parse() {
+        Task::Bench(args) => bench::run(&args),
         Task::ReleaseCheck(args) => release_check::run(&args),
         Task::Reproduce(args) => reproduce::run(&args),
         #[cfg(unix)]

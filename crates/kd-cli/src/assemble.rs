@@ -33,6 +33,34 @@ impl From<Float> for DType {
     }
 }
 
+/// How exactly the fused executor computes, on the command line.
+#[derive(Clone, Copy, clap::ValueEnum)]
+pub enum Exactness {
+    /// Direct sums.
+    Strict,
+    /// Winograd's algorithm where it applies.
+    Fast,
+}
+
+impl Exactness {
+    /// As it is written.
+    pub fn name(self) -> &'static str {
+        match self {
+            Self::Strict => "strict",
+            Self::Fast => "fast",
+        }
+    }
+}
+
+impl From<Exactness> for Precision {
+    fn from(e: Exactness) -> Self {
+        match e {
+            Exactness::Strict => Self::Strict,
+            Exactness::Fast => Self::Fast,
+        }
+    }
+}
+
 /// Every method that a config can name.
 pub fn methods() -> &'static [MethodEntry] {
     static ALL: LazyLock<Vec<MethodEntry>> =
@@ -93,12 +121,18 @@ pub fn in_pool<R: Send>(threads: usize, job: impl FnOnce() -> R + Send) -> Resul
 /// How exactly networks of this config compute.
 ///
 /// # Errors
-/// `bf16-teacher`, which no kernel serves yet.
+/// `bf16-teacher`, with the reason.
 pub fn precision(config: &Config) -> Result<Precision> {
     match config.precision {
         config::Precision::Strict => Ok(Precision::Strict),
         config::Precision::Fast => Ok(Precision::Fast),
-        config::Precision::Bf16Teacher => bail!("precision = \"bf16-teacher\": there are no bf16 kernels yet; use \"fast\" or \"strict\""),
+        config::Precision::Bf16Teacher => bail!(
+            "precision = \"bf16-teacher\": {}; use \"fast\" or \"strict\"",
+            match kd_nn::missing_for_bf16().as_slice() {
+                [] => "there are no kernels for this CPU's bf16 tiles yet".to_string(),
+                missing => format!("it takes AMX, and this CPU has no {}", missing.join(" and no ")),
+            }
+        ),
     }
 }
 

@@ -26,9 +26,14 @@ pub fn message(text: &str) {
 
 /// A table: a header and rows; numbers (columns marked so) to the right.
 pub fn table(header: &[&str], right: &[bool], rows: &[Vec<String>]) -> Result<()> {
+    render(header, right, rows).iter().try_for_each(|l| line(l))
+}
+
+/// The lines of a [`table`].
+pub fn render(header: &[&str], right: &[bool], rows: &[Vec<String>]) -> Vec<String> {
     let width = |c: usize| rows.iter().map(|r| r[c].chars().count()).chain([header[c].chars().count()]).max().unwrap_or(0);
     let widths: Vec<usize> = (0..header.len()).map(width).collect();
-    let render = |cells: &[String]| {
+    let line = |cells: &[String]| {
         let mut out = String::new();
         for (c, cell) in cells.iter().enumerate() {
             let pad = " ".repeat(widths[c] - cell.chars().count());
@@ -36,9 +41,9 @@ pub fn table(header: &[&str], right: &[bool], rows: &[Vec<String>]) -> Result<()
         }
         out.trim_end().to_string()
     };
-    line(&render(&header.iter().map(ToString::to_string).collect::<Vec<_>>()))?;
-    line(&widths.iter().map(|w| "-".repeat(*w)).collect::<Vec<_>>().join("  "))?;
-    rows.iter().try_for_each(|r| line(&render(r)))
+    let header: Vec<String> = header.iter().map(ToString::to_string).collect();
+    let rule = widths.iter().map(|w| "-".repeat(*w)).collect::<Vec<_>>().join("  ");
+    [line(&header), rule].into_iter().chain(rows.iter().map(|r| line(r))).collect()
 }
 
 /// `1234567` as `1,234,567`.

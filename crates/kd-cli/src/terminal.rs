@@ -43,8 +43,10 @@ pub struct Progress {
     phases: Vec<(String, usize)>,
     steps_per_epoch: usize,
     epoch: Epoch,
-    /// Steps this process has made, and since when, for the time that is left.
+    /// When this process made its first step, and which that was, for the time that is left.
     begun: Option<(Instant, usize)>,
+    /// Steps that this process has made.
+    steps: usize,
     total_steps: usize,
     last_test: Option<f64>,
 }
@@ -76,9 +78,15 @@ impl Progress {
             steps_per_epoch: 0,
             epoch: Epoch::default(),
             begun: None,
+            steps: 0,
             total_steps: 0,
             last_test: None,
         }
+    }
+
+    /// Steps that this process has made.
+    pub(crate) fn steps(&self) -> usize {
+        self.steps
     }
 
     fn say(&self, text: &str) {
@@ -103,6 +111,7 @@ impl Progress {
                 }
             }
         }
+        self.steps += 1;
         e.images += s.images;
         e.seconds += s.seconds;
         if self.begun.is_none() {

@@ -519,3 +519,40 @@ fn a_signal_saves_and_exits_with_130() {
     assert_eq!(child.wait().unwrap().code(), Some(130));
     assert!(dir.path().join("run/baseline/checkpoints/last").read_dir().unwrap().count() > 0);
 }
+
+#[test]
+fn bench_measures_what_trains() {
+    let dir = folder();
+    let args =
+        ["bench", "step", "--teacher", "resnet8", "--student", "resnet8", "--batch", "3", "--threads", "2", "--seconds", "0", "--json"];
+    let found: Value = serde_json::from_str(&ok(dir.path(), &args)).unwrap();
+    let ms: f64 = ["teacher", "student", "loss", "backward", "update"].iter().map(|part| found["ms"][part].as_f64().unwrap()).sum();
+    assert!(ms > 0.0 && found["img_s"].as_f64().unwrap() > 0.0);
+    assert_eq!((&found["steps"], &found["threads"], &found["profile"]), (&7.into(), &2.into(), &Value::Null));
+    assert_eq!(found["macs"]["teacher"], found["macs"]["student"]);
+
+    let profiled = ok(dir.path(), &["bench", "step", "--student", "resnet8", "--batch", "2", "--seconds", "0", "--profile"]);
+    assert!(
+        ["limits of this machine", "winograd products", "resnet8 backward layer1.0.conv1"].iter().all(|w| profiled.contains(w)),
+        "{profiled}"
+    );
+
+    let found: Value =
+        serde_json::from_str(&ok(dir.path(), &["bench", "model", "resnet8", "resnet14", "--batch", "2", "--seconds", "0", "--json"]))
+            .unwrap();
+    assert!(found[1]["model"] == "resnet14" && found[0]["latency_ms"].as_f64().unwrap() > 0.0);
+    let found: Value = serde_json::from_str(&ok(
+        dir.path(),
+        &["bench", "loader", "--data", "digits", "--augment", "pad-crop:1", "--epochs", "1", "--json"],
+    ))
+    .unwrap();
+    assert!(found["img_s"].as_f64().unwrap() > 0.0);
+    let found: Value =
+        serde_json::from_str(&ok(dir.path(), &["bench", "conv", "16,16,3,1,1,8", "--batch", "2", "--seconds", "0", "--json"])).unwrap();
+    assert!(["fwd", "bwd_x", "bwd_w"].iter().all(|d| found[0][d].as_f64().unwrap() > 0.0));
+
+    assert!(refused(dir.path(), &["bench", "step", "--student", "resnet8", "--batch", "0"]).contains("--batch 0"));
+    assert!(refused(dir.path(), &["bench", "conv", "16,16,3,1"]).contains("six numbers"));
+    assert!(refused(dir.path(), &["bench", "model", "resnet8x"]).contains("resnet8x"));
+    assert!(std::fs::read_dir(dir.path()).unwrap().next().is_none(), "a benchmark writes nothing");
+}

@@ -15,15 +15,17 @@ pub mod fused;
 mod graph;
 mod init;
 mod kernels;
+pub mod measure;
 mod network;
 pub mod ops;
+pub mod profile;
 pub mod reference;
 
 pub use backward::{Gradients, NetworkGradients, backward};
 pub use builder::{Conv, GraphBuilder};
 pub use graph::{BatchNorm, Conv2d, ConvTranspose2d, Graph, Node, NodeId, Op, Pool};
 pub use init::Init;
-pub use kernels::Level;
+pub use kernels::{Level, missing_for_bf16};
 pub use network::{Executor, Network, Precision};
 
 /// The example of the README is a test.

@@ -113,6 +113,10 @@ impl Network {
         &self.params
     }
 
+    pub(crate) fn shared_parameters(&self) -> Arc<Params> {
+        self.params.clone()
+    }
+
     /// Which executor would run from `from` to `wanted`: `"fused"` or `"reference"`.
     pub fn executor_of(&self, from: Cut, wanted: &[Cut]) -> Result<&'static str> {
         let (from, wanted) = (self.graph.cut(from)?, self.nodes(wanted)?);

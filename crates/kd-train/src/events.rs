@@ -98,6 +98,24 @@ pub struct StepReport {
     pub seconds: f64,
     /// Of that, waiting for the batch.
     pub waiting: f64,
+    /// The rest of it, part by part.
+    #[serde(skip)]
+    pub parts: StepParts,
+}
+
+/// Where the time of one step went, in seconds.
+#[derive(Clone, Copy, Debug, Default, PartialEq, Serialize)]
+pub struct StepParts {
+    /// The teachers' outputs.
+    pub teacher: f64,
+    /// The student's outputs.
+    pub student: f64,
+    /// Loss terms and their values.
+    pub loss: f64,
+    /// Gradients.
+    pub backward: f64,
+    /// Norm, clipping and optimiser.
+    pub update: f64,
 }
 
 fn as_map<S: Serializer>(terms: &[(String, f64)], s: S) -> std::result::Result<S::Ok, S::Error> {

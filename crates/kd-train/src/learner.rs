@@ -8,7 +8,7 @@ use candle_core::{DType, Device, Tensor};
 use kd_core::{Batch, Cut, LossTerms, Mode, Model, Models, Outputs, Progress, Rng, Setup, StateDict, StepView, Tag};
 
 use crate::evaluate::evaluate_unless;
-use crate::events::{Event, Sink, Split, StepReport, Subject};
+use crate::events::{Event, Sink, Split, StepParts, StepReport, Subject};
 use crate::job::{Objective, Outcome, Student, labels};
 use crate::optim::{Part, SplitGradient, Target, clip_scale, grad_norm};
 use crate::parts::{self, fingerprint, home, tensors};
@@ -190,6 +190,7 @@ impl<'s> Learner<'s> {
         // As if it had been alone: what it shares counts for each.
         report.seconds = common + begun.elapsed().as_secs_f64();
         report.waiting = waiting;
+        report.parts.teacher += common - waiting;
         self.state.batch += 1;
         self.state.step += 1;
         self.state.seconds += report.seconds;
@@ -269,15 +270,25 @@ impl<'s> Learner<'s> {
 
     /// Outputs, loss, gradients, update.
     fn step(&mut self, course: &Course<'_>, batch: &Batch, lesson: &Lesson) -> Result<StepReport> {
+        let mut clock = Instant::now();
+        let mut lap = || std::mem::replace(&mut clock, Instant::now()).elapsed().as_secs_f64();
         let batch = self.on_device(batch)?;
         let teachers = self.heard(course, lesson)?;
+        let mut parts = StepParts { teacher: lap(), ..StepParts::default() };
         let student = self.outputs(course, &batch)?;
+        parts.student = lap();
         let terms = self.loss_terms(course, &batch, &student, &teachers)?;
         let loss = terms.total()?;
         let (loss_value, values) = self.read(&terms, &loss, &batch)?;
+        parts.loss = lap();
 
         let lr = self.lr(course);
-        let norm = if self.stage.optimiser.splits() { self.update_split(&terms, &batch, lr)? } else { self.update(&loss, &batch, lr)? };
+        let norm = if self.stage.optimiser.splits() {
+            self.update_split(&terms, &batch, lr, || parts.backward = lap())?
+        } else {
+            self.update(&loss, &batch, lr, || parts.backward = lap())?
+        };
+        parts.update = lap();
         Ok(StepReport {
             epoch: self.epoch(),
             phase: self.phase(),
@@ -289,6 +300,7 @@ impl<'s> Learner<'s> {
             images: batch.len(),
             seconds: 0.0,
             waiting: 0.0,
+            parts,
         })
     }
 
@@ -398,7 +410,7 @@ impl<'s> Learner<'s> {
     }
 
     /// Backward, norm, clipping and the optimiser's step on the whole loss; the gradient's norm.
-    fn update(&mut self, loss: &Tensor, batch: &Batch, lr: f64) -> Result<f64> {
+    fn update(&mut self, loss: &Tensor, batch: &Batch, lr: f64, differentiated: impl FnOnce()) -> Result<f64> {
         let networks: Vec<&dyn Model> = self.stage.parts.iter().filter_map(|p| p.network()).collect();
         let mut grads = kd_nn::backward(loss, &networks)?;
         self.check_reached(&[&grads])?;
@@ -412,13 +424,14 @@ impl<'s> Learner<'s> {
             Target::Var(var) => grads.store.get(var).map_or_else(|| var.zeros_like(), |g| Ok(g.clone())).map(Some),
         };
         let grads: Vec<Option<Tensor>> = self.stage.parts.iter().map(gradient).collect::<candle_core::Result<_>>()?;
+        differentiated();
         let norm = self.norm(&grads, batch)?;
         self.stage.optimiser.step(&grads, lr, clip_scale(norm, self.own.optim.clip_grad_norm))?;
         Ok(norm)
     }
 
     /// The same with one backward pass for the terms of either tag; the norm is that of the sum.
-    fn update_split(&mut self, terms: &LossTerms, batch: &Batch, lr: f64) -> Result<f64> {
+    fn update_split(&mut self, terms: &LossTerms, batch: &Batch, lr: f64, differentiated: impl FnOnce()) -> Result<f64> {
         let networks: Vec<&dyn Model> = self.stage.parts.iter().filter_map(|p| p.network()).collect();
         let backward = |tag| terms.total_of(tag)?.map(|loss| kd_nn::backward(&loss, &networks)).transpose();
         let mut passes = [backward(Tag::Task)?, backward(Tag::Distill)?];
@@ -442,6 +455,7 @@ impl<'s> Learner<'s> {
             (Some(a), Some(b)) => (&a.flat + &b.flat).map(Some),
             (one, other) => Ok(one.as_ref().or(other.as_ref()).map(|g| g.flat.clone())),
         };
+        differentiated();
         let norm = self.norm(&split.iter().map(sum).collect::<candle_core::Result<Vec<_>>>()?, batch)?;
         self.stage.optimiser.step_split(&split, lr, clip_scale(norm, self.own.optim.clip_grad_norm))?;
         Ok(norm)

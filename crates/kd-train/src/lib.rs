@@ -92,7 +92,7 @@ pub use cache::LogitCache;
 pub use config::{Config, LossConfig, RunOptions, Runs};
 pub use error::{Error, Result};
 pub use evaluate::{Evaluation, class_means, class_means_rounded, evaluate};
-pub use events::{Event, Sink, Split, StepReport, Subject};
+pub use events::{Event, Sink, Split, StepParts, StepReport, Subject};
 pub use job::{Data, Job, Objective, Outcome, Shared, Student, Teacher};
 pub use optim::{OptimConfig, OptimKind};
 pub use parts::{StringMap, fingerprint, tensors};

@@ -13,6 +13,7 @@ use kd_nn::Network;
 use kd_train::config::{CacheKind, DataConfig, TeacherConfig, TrainConfig};
 use kd_train::{Config, LogitCache, Objective, Outcome, RunPlace, RunResult, Runs, Shared, Sink, Student, Teacher};
 
+use crate::commands::bench::profile::Report;
 use crate::commands::init::QUICKSTART;
 use crate::terminal::Board;
 use crate::{Interrupted, RunFailed, assemble, output};
@@ -48,6 +49,9 @@ pub struct RunArgs {
     /// No progress; errors and the final table only.
     #[arg(long, short)]
     pub(crate) quiet: bool,
+    /// Prints where the time went, by layer, pass and kernel, after each network's training (to standard error).
+    #[arg(long)]
+    pub(crate) profile: bool,
     /// The final table as JSON.
     #[arg(long)]
     pub(crate) json: bool,
@@ -451,7 +455,18 @@ impl Session<'_> {
             true => e.into(),
             false => anyhow::Error::new(RunFailed).context(e.to_string()),
         };
-        let outcomes = kd_train::train_all(Shared { teachers, data, seed: shared.seed }, students, self.stop).map_err(failed)?;
+        let machine = self.args.profile.then(kd_nn::measure::Machine::measure);
+        if machine.is_some() {
+            kd_nn::profile::start();
+        }
+        let outcomes = kd_train::train_all(Shared { teachers, data, seed: shared.seed }, students, self.stop);
+        if let Some(machine) = machine {
+            let steps = board.each().map(|p| p.steps()).max().unwrap_or(0);
+            let titles = runs.iter().map(|r| r.0).collect::<Vec<_>>().join(", ");
+            let report = Report::new(machine, kd_nn::profile::stop(), steps);
+            output::message(&format!("{titles}: {steps} steps, evaluations included\n{}", report.text()));
+        }
+        let outcomes = outcomes.map_err(failed)?;
         let several = runs.len() > 1;
         let mut learned = vec![];
         for (((title, ..), network), outcome) in runs.iter().zip(networks).zip(outcomes) {

@@ -6,7 +6,7 @@ use std::path::{Path, PathBuf};
 use anyhow::{Context, Result, bail};
 use candle_core::{DType, Device, Tensor, Var};
 use kd_core::{Cut, Mode, Model, Rng};
-use kd_nn::{Executor, Network, Precision, ops};
+use kd_nn::{Executor, Network, ops};
 
 use crate::{assemble, output};
 
@@ -38,7 +38,7 @@ pub struct Forward {
     executor: Backend,
     /// How exactly the fused executor computes.
     #[arg(long, value_enum, default_value = "strict")]
-    precision: Exactness,
+    precision: assemble::Exactness,
     /// The type to compute in.
     #[arg(long, value_enum, default_value = "f32")]
     dtype: assemble::Float,
@@ -60,12 +60,6 @@ enum Backend {
     Fused,
 }
 
-#[derive(Clone, Copy, clap::ValueEnum)]
-enum Exactness {
-    Strict,
-    Fast,
-}
-
 /// Runs the command.
 pub fn run(args: &Forward) -> Result<()> {
     let (inputs, metadata) = output::read_tensors(&args.inputs)?;
@@ -83,10 +77,7 @@ pub fn run(args: &Forward) -> Result<()> {
             Backend::Reference => Executor::Reference,
             Backend::Fused => Executor::Fused,
         })
-        .with_precision(match args.precision {
-            Exactness::Strict => Precision::Strict,
-            Exactness::Fast => Precision::Fast,
-        });
+        .with_precision(args.precision.into());
     if args.weights == "splitmix64" {
         kd_models::recipe::load(network.parameters())?;
     } else {

@@ -1,6 +1,7 @@
 //! One file per command.
 
 pub mod analyse;
+pub mod bench;
 pub mod class_means;
 pub mod distill;
 pub mod eval;
@@ -25,6 +26,8 @@ pub enum Command {
     Eval(eval::Eval),
     /// Writes a config file to edit.
     Init(init::Init),
+    /// Measures speed: steps, networks, the loader, convolutions, the machine.
+    Bench(bench::Bench),
     /// Lists models, methods and data sets.
     List(list::List),
     /// Prints a model's stages and sizes, or what a weight file holds.
@@ -46,6 +49,7 @@ pub fn run(command: Command) -> Result<()> {
         Command::Train(args) => train::run(&args),
         Command::Eval(args) => eval::run(&args),
         Command::Init(args) => init::run(&args),
+        Command::Bench(args) => bench::run(&args),
         Command::List(args) => list::run(&args),
         Command::Info(args) => info::run(&args),
         Command::ClassMeans(args) => class_means::run(&args),

@@ -11,6 +11,7 @@ use super::plan::{ConvStep, Kind, Step};
 use super::value::{BehindNorm, Grad, Value};
 use crate::graph::{BatchNorm, NodeId};
 use crate::kernels::buffer::Buffer;
+use crate::kernels::clock::{self, Cost};
 use crate::kernels::layout::{self, Move};
 use crate::kernels::norm;
 use crate::kernels::pool::{self, AverageGrad, MaximumGrad};
@@ -127,10 +128,21 @@ impl Backward<'_> {
     }
 
     fn step(&mut self, at: usize, step: &Step) {
-        let Some(mut grad) = self.grads[step.out].take() else { return };
+        let Some(grad) = self.grads[step.out].take() else { return };
         if !self.wants(step.out) {
             return;
         }
+        let tape = self.tape;
+        let cost = || {
+            let (cost, conv) = (tape.plan.cost(step, tape.lanes.images), matches!(step.kind, Kind::Conv(_)));
+            // Two gradients, where one forward pass is one product.
+            Cost { flops: cost.flops * if conv && self.wants(tape.plan.input_of(step)) { 2 } else { 1 }, floats: 2 * cost.floats }
+        };
+        let cost = cost();
+        clock::at(|| tape.plan.place(step, &tape.params, "backward"), false, || cost, || self.run(at, step, grad));
+    }
+
+    fn run(&mut self, at: usize, step: &Step, mut grad: Grad) {
         if let Some(finish) = Finish::of(self.tape, step.out).filter(|_| !self.finished[step.out]) {
             grad = Grad::Stored(self.finish(&finish, self.stored(grad, step.out)));
         }

@@ -15,7 +15,7 @@ use crate::kernels::pool::{self, Average, Maximum};
 use crate::kernels::sweep::Padded;
 use crate::kernels::threads::{Lanes, cut, each, scratch};
 use crate::kernels::tile::Activation;
-use crate::kernels::{Level, elementwise, layout};
+use crate::kernels::{Level, clock, elementwise, layout};
 use crate::reference;
 
 /// Packed weights by step.
@@ -74,20 +74,23 @@ impl Tape {
         // Moments that a convolution leaves for the batch norm behind it, by node.
         let mut moments: Vec<Option<Vec<Moments>>> = plan.shapes.iter().map(|_| None).collect();
         for (at, step) in plan.steps.iter().enumerate() {
-            let value = match &step.kind {
-                Kind::Conv(conv) => {
-                    let (out, found) = tape.conv(at, conv);
-                    moments[step.out] = found;
-                    Value::Stored(Arc::new(out))
-                }
-                Kind::Norm { x, norm, activation, batch, .. } => {
-                    let raw = tape.store(*x);
-                    let found = batch.then(|| moments[*x].take().unwrap_or_else(|| tape.moments(&raw, tape.shape(*x))));
-                    let norm = tape.norm(norm, *activation, found, matches!(purpose.mode, Mode::Train(_)))?;
-                    Value::Seen { raw, norm: Arc::new(norm), stored: None }
-                }
-                kind => Value::Stored(Arc::new(tape.other(step, kind))),
-            };
+            let (place, cost) = (|| plan.place(step, &job.params, "forward"), || plan.cost(step, lanes.images));
+            let value = clock::at(place, lanes.alone, cost, || -> Result<Value> {
+                Ok(match &step.kind {
+                    Kind::Conv(conv) => {
+                        let (out, found) = tape.conv(at, conv);
+                        moments[step.out] = found;
+                        Value::Stored(Arc::new(out))
+                    }
+                    Kind::Norm { x, norm, activation, batch, .. } => {
+                        let raw = tape.store(*x);
+                        let found = batch.then(|| moments[*x].take().unwrap_or_else(|| tape.moments(&raw, tape.shape(*x))));
+                        let norm = tape.norm(norm, *activation, found, matches!(purpose.mode, Mode::Train(_)))?;
+                        Value::Seen { raw, norm: Arc::new(norm), stored: None }
+                    }
+                    kind => Value::Stored(Arc::new(tape.other(step, kind))),
+                })
+            })?;
             tape.values[step.out] = Some(value);
             if !keep {
                 let unused = step.inputs().into_iter().filter(|&i| plan.last_use[i] == at);
@@ -149,7 +152,7 @@ impl Tape {
         });
     }
 
-    fn conv(&mut self, at: usize, step: &ConvStep) -> (Buffer, Option<Vec<Moments>>) {
+    pub(super) fn conv(&mut self, at: usize, step: &ConvStep) -> (Buffer, Option<Vec<Moments>>) {
         let residual = step.residual.map(|r| self.store(r));
         let (level, conv, packed) = (self.plan.level, &step.conv, self.packed(at));
         let (x, lens) = self.value(step.x).view();

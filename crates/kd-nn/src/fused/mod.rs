@@ -3,6 +3,7 @@
 //! A piece is compiled once per input size into steps (`plan`), run forwards (`forward`) and backwards (`backward`) over activations kept
 //! channels last, and hung into candle's graph by `node`. Memory comes from a pool of the network and goes back to it.
 
+pub(crate) mod alone;
 mod backward;
 mod conv_grad;
 mod finish;
@@ -19,6 +20,7 @@ use kd_core::{Mode, Params, Result};
 use crate::graph::{Graph, NodeId};
 use crate::kernels::Level;
 use crate::kernels::buffer::{Buffer, Pool};
+use crate::kernels::clock::{self, Cost, Place};
 use crate::kernels::threads::{Lanes, cut, each};
 use crate::network::Precision;
 use forward::{Batch, Packs, Purpose, Tape};
@@ -136,7 +138,8 @@ pub fn run(state: &State, job: &Job<'_>, precision: Precision) -> Result<Vec<Ten
     let mut found: Vec<(NodeId, Tensor)> = vec![];
     let mut x = node::read(job.x, links[0].plan.shapes[job.from], images, &state.pool)?;
     for (at, link) in links.iter().enumerate() {
-        let packed = forward::pack(&link.plan, job.params, &link.packs, &state.pool, purpose)?;
+        let place = || Place { network: link.plan.name.clone(), layer: "packing of weights".to_string(), pass: "forward" };
+        let packed = clock::at(place, false, Cost::default, || forward::pack(&link.plan, job.params, &link.packs, &state.pool, purpose))?;
         let batch = Batch { plan: &link.plan, params: job.params, packed, purpose };
         if let Some(group) = link.group {
             let outputs = in_groups(state, &batch, &x, images, group)?;

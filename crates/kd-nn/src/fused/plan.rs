@@ -6,10 +6,11 @@
 //! both               sum with the ReLU behind it; everything else by itself
 //! ```
 
-use kd_core::Result;
+use kd_core::{Params, Result};
 
 use crate::graph::{BatchNorm, Conv2d, Graph, NodeId, Op};
 use crate::kernels::Level;
+use crate::kernels::clock::{Cost, Place};
 use crate::kernels::conv::Conv;
 use crate::kernels::elementwise::Function;
 use crate::kernels::layout::{self, Move};
@@ -19,6 +20,8 @@ use crate::kernels::tile::Activation;
 
 /// A compiled piece, for one input size.
 pub(super) struct Plan {
+    /// The network's name.
+    pub name: String,
     pub level: Level,
     pub from: NodeId,
     pub wanted: Vec<NodeId>,
@@ -41,6 +44,29 @@ impl Plan {
     /// The step that makes a node's output.
     pub(super) fn maker(&self, node: NodeId) -> Option<usize> {
         Some(self.makers[node]).filter(|&at| at < self.steps.len())
+    }
+
+    /// The first node that a step reads.
+    pub(super) fn input_of(&self, step: &Step) -> NodeId {
+        step.inputs()[0]
+    }
+
+    /// What a profile calls a step: the prefix of its parameters, or what it does.
+    pub(super) fn place(&self, step: &Step, params: &Params, pass: &'static str) -> Place {
+        let module = |name: &str| name.rsplit_once('.').map_or(name, |(module, _)| module).to_string();
+        let layer = match &step.kind {
+            Kind::Conv(conv) => module(&params.entries()[conv.weight].name),
+            Kind::Norm { norm, .. } => module(&params.stat_entries()[norm.running.0].name),
+            kind => format!("{} {}", kind.name(), step.out),
+        };
+        Place { network: self.name.clone(), layer, pass }
+    }
+
+    /// What a step's definition takes forwards, its input read and its output written once.
+    pub(super) fn cost(&self, step: &Step, images: usize) -> Cost {
+        let read: usize = step.inputs().iter().map(|&i| self.shapes[i].len()).sum();
+        let flops = if let Kind::Conv(conv) = &step.kind { 2 * conv.conv.macs() } else { 0 };
+        Cost { flops: images * flops, floats: images * (read + self.shapes[step.out].len()) }
     }
 
     /// Whether the gradient of a node's output is wanted, when those of the parameters or of the input are.
@@ -145,6 +171,25 @@ pub(super) enum Kind {
         p: f64,
         samples: bool,
     },
+}
+
+impl Kind {
+    fn name(&self) -> &'static str {
+        match self {
+            Self::Conv(_) => "convolution",
+            Self::Norm { .. } => "norm",
+            Self::Add { .. } => "add",
+            Self::Rectify { .. } => "relu",
+            Self::Function { .. } => "function",
+            Self::Mul { .. } => "multiply",
+            Self::Channels { .. } => "channels",
+            Self::Subsample { .. } => "subsample",
+            Self::Max { .. } => "max pool",
+            Self::Average { .. } => "average pool",
+            Self::Flatten { .. } => "flatten",
+            Self::Drop { .. } => "dropout",
+        }
+    }
 }
 
 pub(super) struct ConvStep {
@@ -304,6 +349,7 @@ impl Source<'_> {
         }
         wanted.iter().for_each(|&w| last_use[w] = usize::MAX);
         Plan {
+            name: self.graph.spec().name.clone(),
             level: self.level,
             from,
             wanted: wanted.to_vec(),

@@ -14,6 +14,7 @@
 
 use std::ops::Range;
 
+use super::clock::Cost;
 use super::depthwise;
 use super::sweep::{Axis, Padded, Sweep, Walk, residues, sweep};
 use super::tile::{self, Activation, Nn, Tn};
@@ -138,6 +139,11 @@ impl Conv {
     /// Floats of the weight.
     pub(crate) fn weight_len(&self) -> usize {
         self.co * self.ci / self.groups * self.area
+    }
+
+    /// Multiply-adds of an image.
+    pub(crate) fn macs(&self) -> usize {
+        self.oh * self.ow * self.weight_len()
     }
 
     /// Floats of the packed weights of the forward sweep.
@@ -377,6 +383,12 @@ struct Dense<'a> {
 
 impl Kernel for Dense<'_> {
     type Output = ();
+    const NAME: &'static str = "direct products";
+
+    fn cost(&self) -> Cost {
+        let (s, pixels) = (self.sweep, self.pass.images * self.sweep.rows * self.sweep.cols);
+        Cost { flops: 2 * pixels * s.depth() * self.n, floats: pixels * (s.in_step + self.n) }
+    }
 
     #[inline(always)]
     fn run<V: Vector>(self) {
@@ -448,6 +460,12 @@ struct DenseGrad<'a> {
 
 impl Kernel for DenseGrad<'_> {
     type Output = ();
+    const NAME: &'static str = "direct weight products";
+
+    fn cost(&self) -> Cost {
+        let pixels = self.images * self.sweep.rows * self.sweep.cols;
+        Cost { flops: 2 * pixels * self.k.len() * self.n, floats: pixels * (self.sweep.in_step + self.n) + 2 * self.dw.len() }
+    }
 
     #[inline(always)]
     fn run<V: Vector>(self) {

@@ -5,6 +5,7 @@
 
 use std::ops::Range;
 
+use super::clock::Cost;
 use super::conv::Pass;
 use super::norm::activate;
 use super::sweep::{Padded, Sweep};
@@ -28,6 +29,12 @@ fn threes(sweep: &Sweep, channels: usize) -> usize {
 
 impl Kernel for Forward<'_> {
     type Output = ();
+    const NAME: &'static str = "depthwise";
+
+    fn cost(&self) -> Cost {
+        let pixels = self.pass.images * self.sweep.rows * self.sweep.cols;
+        Cost { flops: 2 * pixels * self.sweep.taps.len() * self.channels, floats: pixels * (self.sweep.in_step + self.channels) }
+    }
 
     #[inline(always)]
     fn run<V: Vector>(self) {
@@ -165,6 +172,12 @@ const TAPS: usize = 9;
 
 impl Kernel for WeightGrad<'_> {
     type Output = ();
+    const NAME: &'static str = "depthwise weight";
+
+    fn cost(&self) -> Cost {
+        let pixels = self.images * self.sweep.rows * self.sweep.cols;
+        Cost { flops: 2 * pixels * self.sweep.taps.len() * self.channels, floats: pixels * (self.sweep.in_step + self.channels) }
+    }
 
     #[inline(always)]
     fn run<V: Vector>(mut self) {

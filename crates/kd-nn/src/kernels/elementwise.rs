@@ -1,5 +1,6 @@
 //! Functions of one element, and their gradients, on slices of any layout.
 
+use super::clock::Cost;
 use super::norm::{activate, masked};
 use super::tile::Activation;
 use super::vector::{Kernel, Level, Vector, read, write};
@@ -63,6 +64,11 @@ pub(crate) fn rectify(level: Level, activation: Activation, x: &[f32], out: &mut
     struct Rectify<'a>(Activation, &'a [f32], &'a mut [f32]);
     impl Kernel for Rectify<'_> {
         type Output = ();
+        const NAME: &'static str = "relu";
+
+        fn cost(&self) -> Cost {
+            Cost { flops: 0, floats: 2 * self.1.len() }
+        }
 
         #[inline(always)]
         fn run<V: Vector>(self) {
@@ -79,6 +85,11 @@ pub(crate) fn mask(level: Level, activation: Activation, v: &[f32], d: &mut [f32
     struct Mask<'a>(Activation, &'a [f32], &'a mut [f32]);
     impl Kernel for Mask<'_> {
         type Output = ();
+        const NAME: &'static str = "mask";
+
+        fn cost(&self) -> Cost {
+            Cost { flops: 0, floats: 3 * self.1.len() }
+        }
 
         #[inline(always)]
         fn run<V: Vector>(self) {

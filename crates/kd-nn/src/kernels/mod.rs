@@ -11,6 +11,7 @@
 //! | `pool`, `elementwise`, `layout` | pooling, functions of one element, moving channels |
 //! | `threads` | who works on which images; sums that do not depend on it |
 //! | `buffer` | aligned memory that is used again |
+//! | `clock`, `limits` | how long kernels take, and how fast the machine is |
 
 /// The same block for each of some numbers. Loops over a tile are not always unrolled, and then the tile is not in registers.
 macro_rules! unroll {
@@ -41,10 +42,12 @@ macro_rules! lanes {
 }
 
 pub(crate) mod buffer;
+pub(crate) mod clock;
 pub(crate) mod conv;
 mod depthwise;
 pub(crate) mod elementwise;
 pub(crate) mod layout;
+pub(crate) mod limits;
 pub(crate) mod norm;
 pub(crate) mod pool;
 pub(crate) mod sweep;
@@ -53,4 +56,4 @@ pub(crate) mod tile;
 mod vector;
 pub(crate) mod winograd;
 
-pub use vector::Level;
+pub use vector::{Level, missing_for_bf16};

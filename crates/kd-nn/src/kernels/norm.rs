@@ -11,6 +11,7 @@
 
 #![allow(unsafe_code)]
 
+use super::clock::Cost;
 use super::sweep::Padded;
 use super::tile::Activation;
 use super::vector::{Kernel, Lane, Level, Vector};
@@ -112,6 +113,11 @@ struct Sums<'a> {
 
 impl Kernel for Sums<'_> {
     type Output = ();
+    const NAME: &'static str = "moments";
+
+    fn cost(&self) -> Cost {
+        Cost { flops: 4 * self.image.len(), floats: self.image.len() }
+    }
 
     #[inline(always)]
     fn run<V: Vector>(self) {
@@ -181,6 +187,11 @@ struct Fill<'a> {
 
 impl Kernel for Fill<'_> {
     type Output = ();
+    const NAME: &'static str = "normalise and pad";
+
+    fn cost(&self) -> Cost {
+        Cost { flops: 3 * self.image.len(), floats: 2 * self.image.len() }
+    }
 
     #[inline(always)]
     fn run<V: Vector>(self) {
@@ -225,6 +236,11 @@ struct Add<'a> {
 
 impl Kernel for Add<'_> {
     type Output = ();
+    const NAME: &'static str = "add";
+
+    fn cost(&self) -> Cost {
+        Cost { flops: 6 * self.out.len(), floats: 3 * self.out.len() }
+    }
 
     #[inline(always)]
     fn run<V: Vector>(self) {
@@ -305,6 +321,11 @@ struct GradSums<'a> {
 
 impl Kernel for GradSums<'_> {
     type Output = ();
+    const NAME: &'static str = "norm gradient sums";
+
+    fn cost(&self) -> Cost {
+        Cost { flops: 4 * self.d.len(), floats: 2 * self.d.len() }
+    }
 
     #[inline(always)]
     fn run<V: Vector>(self) {
@@ -368,6 +389,11 @@ struct FillGrad<'a> {
 
 impl Kernel for FillGrad<'_> {
     type Output = ();
+    const NAME: &'static str = "norm gradient and pad";
+
+    fn cost(&self) -> Cost {
+        Cost { flops: 6 * self.d.len(), floats: 3 * self.d.len() }
+    }
 
     #[inline(always)]
     fn run<V: Vector>(self) {

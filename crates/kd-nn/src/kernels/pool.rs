@@ -81,6 +81,7 @@ pub(crate) struct Average<'a> {
 
 impl Kernel for Average<'_> {
     type Output = ();
+    const NAME: &'static str = "average";
 
     #[inline(always)]
     fn run<V: Vector>(self) {
@@ -108,6 +109,7 @@ pub(crate) struct AverageGrad<'a> {
 
 impl Kernel for AverageGrad<'_> {
     type Output = ();
+    const NAME: &'static str = "average gradient";
 
     #[inline(always)]
     fn run<V: Vector>(self) {
@@ -138,6 +140,7 @@ pub(crate) struct Maximum<'a> {
 
 impl Kernel for Maximum<'_> {
     type Output = ();
+    const NAME: &'static str = "maximum";
 
     #[inline(always)]
     fn run<V: Vector>(self) {
@@ -166,6 +169,7 @@ pub(crate) struct MaximumGrad<'a> {
 
 impl Kernel for MaximumGrad<'_> {
     type Output = ();
+    const NAME: &'static str = "maximum gradient";
 
     #[inline(always)]
     fn run<V: Vector>(self) {

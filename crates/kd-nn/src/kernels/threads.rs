@@ -10,6 +10,7 @@ use std::ops::Range;
 use std::sync::Mutex;
 
 use super::buffer::Aligned;
+use super::clock;
 
 /// Lanes of a batch that has at least as many images; also the most threads that a layer uses.
 pub(crate) const LANES: usize = 16;
@@ -74,10 +75,11 @@ pub(crate) fn each<T: Send>(parts: Vec<T>, f: impl Fn(T) + Sync) {
         return parts.into_iter().for_each(f);
     }
     let slots: Vec<Mutex<Option<T>>> = parts.into_iter().map(|p| Mutex::new(Some(p))).collect();
+    let here = clock::here();
     rayon::broadcast(|thread| {
         let part = slots.get(thread.index()).and_then(|slot| slot.lock().unwrap_or_else(|e| e.into_inner()).take());
         if let Some(part) = part {
-            f(part);
+            clock::helping(here, || f(part));
         }
     });
 }

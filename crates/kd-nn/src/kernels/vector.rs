@@ -6,6 +6,8 @@
 
 use std::sync::OnceLock;
 
+use super::clock::{Cost, Watch};
+
 /// An instruction set that the kernels are compiled for.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub enum Level {
@@ -82,19 +84,48 @@ impl Level {
 
     /// Runs a kernel compiled for this level.
     pub(crate) fn run<K: Kernel>(self, kernel: K) -> K::Output {
-        match self {
+        let watch = Watch::start(|| kernel.cost());
+        let out = match self {
             #[cfg(target_arch = "x86_64")]
             Self::Avx512 => Avx512::call(kernel),
             #[cfg(target_arch = "x86_64")]
             Self::Avx2 => Avx2::call(kernel),
             Self::Portable => Portable::call(kernel),
+        };
+        if let Some(watch) = watch {
+            watch.stop(K::NAME);
         }
+        out
     }
+}
+
+/// What this CPU lacks for matrix products of bf16 tiles, by the names in `/proc/cpuinfo`; empty when it has all.
+pub fn missing_for_bf16() -> Vec<&'static str> {
+    #[cfg(target_arch = "x86_64")]
+    {
+        // Leaf 7, EDX; std detects AMX on nightly only.
+        #[allow(unused_unsafe, reason = "safe in newer versions of std")]
+        // SAFETY: every x86-64 CPU has the instruction, and leaf 0 says which others it answers.
+        let flags = unsafe {
+            use std::arch::x86_64::{__cpuid, __cpuid_count};
+            if __cpuid(0).eax < 7 { 0 } else { __cpuid_count(7, 0).edx }
+        };
+        [("amx_bf16", 22), ("amx_tile", 24)].into_iter().filter(|(_, bit)| flags >> bit & 1 == 0).map(|(name, _)| name).collect()
+    }
+    #[cfg(not(target_arch = "x86_64"))]
+    vec!["amx_bf16", "amx_tile"]
 }
 
 /// A computation written for any [`Vector`].
 pub(crate) trait Kernel {
     type Output;
+    /// What a profile calls it.
+    const NAME: &'static str = "other";
+
+    /// What it is about to do, for a profile.
+    fn cost(&self) -> Cost {
+        Cost::default()
+    }
 
     /// Implementations are `#[inline(always)]`, so that the body is compiled with the instructions of the level that calls it.
     fn run<V: Vector>(self) -> Self::Output;

@@ -16,6 +16,7 @@
 
 use std::ops::Range;
 
+use super::clock::Cost;
 use super::conv::Epilogue;
 use super::sweep::Padded;
 use super::tile::{self, Activation, Nn, Tn};
@@ -313,6 +314,13 @@ struct Spread<'a, const GRAD: bool> {
 
 impl<const GRAD: bool> Kernel for Spread<'_, GRAD> {
     type Output = ();
+    const NAME: &'static str = if GRAD { "winograd gradients" } else { "winograd inputs" };
+
+    fn cost(&self) -> Cost {
+        let (read, flops) = if GRAD { (TILE * TILE, 80) } else { (POINTS, 12 * 12) };
+        let n = self.tiles.len() * self.channels;
+        Cost { flops: flops * n, floats: (read + POINTS) * n }
+    }
 
     #[inline(always)]
     fn run<V: Vector>(self) {
@@ -424,6 +432,13 @@ struct Products<'a> {
 
 impl Kernel for Products<'_> {
     type Output = ();
+    const NAME: &'static str = "winograd products";
+
+    fn cost(&self) -> Cost {
+        let w = self.w;
+        let floats = self.rows * (w.channels + w.outputs) + w.channels * w.outputs;
+        Cost { flops: 2 * POINTS * self.rows * w.channels * w.outputs, floats: POINTS * floats }
+    }
 
     #[inline(always)]
     fn run<V: Vector>(self) {
@@ -476,6 +491,13 @@ struct Gather<'a> {
 
 impl Kernel for Gather<'_> {
     type Output = ();
+    const NAME: &'static str = "winograd outputs";
+
+    fn cost(&self) -> Cost {
+        let n = self.tiles.len() * self.w.outputs;
+        let more = usize::from(self.epilogue.residual.is_some()) + usize::from(self.add);
+        Cost { flops: 100 * n, floats: (POINTS + TILE * TILE * (1 + more)) * n }
+    }
 
     #[inline(always)]
     fn run<V: Vector>(self) {
@@ -582,6 +604,13 @@ struct Correlate<'a> {
 
 impl Kernel for Correlate<'_> {
     type Output = ();
+    const NAME: &'static str = "winograd weight products";
+
+    fn cost(&self) -> Cost {
+        let (tiles, n) = (self.pairs.iter().map(|p| p.tiles).sum::<usize>(), self.channels.len());
+        let floats = tiles * (n + self.w.outputs) + 2 * n * self.w.outputs;
+        Cost { flops: 2 * POINTS * tiles * n * self.w.outputs, floats: POINTS * floats }
+    }
 
     #[inline(always)]
     fn run<V: Vector>(self) {
@@ -625,6 +654,11 @@ struct Pack<'a> {
 
 impl Kernel for Pack<'_> {
     type Output = ();
+    const NAME: &'static str = "winograd weights";
+
+    fn cost(&self) -> Cost {
+        Cost { flops: 0, floats: self.weight.len() + self.panels.len() }
+    }
 
     #[inline(always)]
     fn run<V: Vector>(self) {
@@ -673,6 +707,11 @@ struct Untransform<'a, 'b> {
 
 impl Kernel for Untransform<'_, '_> {
     type Output = ();
+    const NAME: &'static str = "winograd weight gradients";
+
+    fn cost(&self) -> Cost {
+        Cost { flops: 0, floats: self.product.len() + 2 * self.taps.len() * self.taps[0].len() }
+    }
 
     #[inline(always)]
     fn run<V: Vector>(self) {

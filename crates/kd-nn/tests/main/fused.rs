@@ -286,18 +286,17 @@ fn the_fast_precision_is_near_the_strict_one() {
         Case { channels, size: [h, w], batch, layers, flatten: false, mode, input }
     });
     cases(40, case, |case| {
-        let strict = run(&network(case.graph(), DType::F32, Executor::Fused), &case.images(), case.mode(), case.input);
-        let go = || {
-            run(
-                &network(case.graph(), DType::F32, Executor::Fused).with_precision(Precision::Fast),
-                &case.images(),
-                case.mode(),
-                case.input,
-            )
-        };
-        let fast = go();
-        prop_assert!(bits(&fast) == bits(&rayon::ThreadPoolBuilder::new().num_threads(3).build().unwrap().install(go)));
-        compare(&fast, &strict, 2e-4)
+        for level in Level::available() {
+            let net = |precision| network(case.graph(), DType::F32, Executor::Fused).with_level(level).with_precision(precision);
+            let go = |precision| run(&net(precision), &case.images(), case.mode(), case.input);
+            let fast = go(Precision::Fast);
+            for threads in 1..4 {
+                let pool = rayon::ThreadPoolBuilder::new().num_threads(threads).build().unwrap();
+                prop_assert!(bits(&fast) == bits(&pool.install(|| go(Precision::Fast))), "{threads} threads");
+            }
+            compare(&fast, &go(Precision::Strict), 2e-4)?;
+        }
+        Ok(())
     });
 }
 
