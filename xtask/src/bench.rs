@@ -188,6 +188,7 @@ fn median(mut values: Vec<f64>) -> f64 {
     }
 }
 
+#[allow(clippy::print_stderr, reason = "what is left out belongs there")]
 fn steps(args: &Args, kd: &Path, pair: &str) -> Result<Value> {
     let (teacher, student) = pair.split_once(':').with_context(|| format!("--pairs {pair}: expected TEACHER:STUDENT"))?;
     let mut peers = vec![];

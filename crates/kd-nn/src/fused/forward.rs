@@ -74,7 +74,7 @@ impl Tape {
         // Moments that a convolution leaves for the batch norm behind it, by node.
         let mut moments: Vec<Option<Vec<Moments>>> = plan.shapes.iter().map(|_| None).collect();
         for (at, step) in plan.steps.iter().enumerate() {
-            let (place, cost) = (|| plan.place(step, &job.params, "forward"), || plan.cost(step, lanes.images));
+            let (place, cost) = (|| plan.place(step, job.params, "forward"), || plan.cost(step, lanes.images));
             let value = clock::at(place, lanes.alone, cost, || -> Result<Value> {
                 Ok(match &step.kind {
                     Kind::Conv(conv) => {
