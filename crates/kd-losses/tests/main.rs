@@ -11,6 +11,7 @@ mod main {
     mod newer;
     mod newer_loop;
     mod properties;
+    mod soft_targets;
     mod stages;
     mod steps;
 }

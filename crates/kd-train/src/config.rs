@@ -316,6 +316,24 @@ impl LossConfig {
     pub fn new(method: &str) -> Self {
         Self { method: method.to_string(), weight: 1.0, teacher: None, warmup_epochs: 0, warmup_first_epoch: 1, params: Map::new() }
     }
+
+    /// As [`LossConfig::new`], with every default written out, as a config that was read has it.
+    pub fn resolved(method: &str, methods: &[MethodEntry]) -> Self {
+        let mut loss = Self::new(method);
+        methods.iter().filter(|entry| entry.name == method).for_each(|entry| loss.fill_defaults(entry));
+        loss
+    }
+
+    fn fill_defaults(&mut self, entry: &MethodEntry) {
+        for parameter in entry.parameters.iter().filter(|p| !p.default.is_empty()) {
+            // TOML has no null: a parameter that is off by default stays absent.
+            if let Ok(value) = serde_json::from_str::<Value>(parameter.default)
+                && !value.is_null()
+            {
+                self.params.entry(parameter.name).or_insert(value);
+            }
+        }
+    }
 }
 
 /// More threads than any machine has cores; a slip of the finger asks for more.
@@ -556,14 +574,7 @@ impl Check<'_> {
             let names = LOSS_KEYS.iter().copied().chain(entry.parameters.iter().map(|p| p.name));
             return Err(self.tree.error(&own(key), format!("`{key}` is no parameter of {}", entry.name), Some(did_you_mean(key, names))));
         }
-        for parameter in entry.parameters.iter().filter(|p| !p.default.is_empty()) {
-            // TOML has no null: a parameter that is off by default stays absent.
-            if let Ok(value) = serde_json::from_str::<Value>(parameter.default)
-                && !value.is_null()
-            {
-                loss.params.entry(parameter.name).or_insert(value);
-            }
-        }
+        loss.fill_defaults(entry);
         self.require(&own("weight"), loss.weight.is_finite(), loss.weight, "a finite number")?;
         let method = (entry.build)(&Value::Object(loss.params.clone())).map_err(|e| match &e {
             kd_core::Error::Param { key, .. } => self.tree.error(&own(key.rsplit('.').next().unwrap_or(key)), &e, None),

@@ -56,6 +56,11 @@ pub trait Files: Send + Sync {
         fs::remove_file(path)
     }
 
+    /// Whether there is a folder of this name.
+    fn is_dir(&self, dir: &Path) -> bool {
+        dir.is_dir()
+    }
+
     /// Removes an empty folder.
     fn remove_dir(&self, dir: &Path) -> io::Result<()> {
         fs::remove_dir(dir)

@@ -230,13 +230,22 @@ impl Sink for RunDir {
     }
 }
 
-/// Whether nobody has begun a run in `place`.
-pub(crate) fn is_vacant(place: &RunPlace) -> bool {
-    place.files.read(&place.dir.join("config.toml")).is_err_and(|e| e.kind() == io::ErrorKind::NotFound)
+/// A place in which nobody has begun a run.
+pub(crate) struct Vacancy {
+    place: RunPlace,
+    /// Whether the folder was there already.
+    had_folder: bool,
+}
+
+/// `None` where a run has begun.
+pub(crate) fn vacancy(place: &RunPlace) -> Option<Vacancy> {
+    let config = place.files.read(&place.dir.join("config.toml"));
+    let had_folder = place.files.is_dir(&place.dir);
+    config.is_err_and(|e| e.kind() == io::ErrorKind::NotFound).then(|| Vacancy { place: place.clone(), had_folder })
 }
 
 /// Takes back what [`RunDir::open`] made in a vacant place, unless something was saved there since. Whatever cannot be removed stays.
-pub(crate) fn withdraw(place: &RunPlace) {
+pub(crate) fn withdraw(Vacancy { place, had_folder }: &Vacancy) {
     let (files, dir) = (place.files.as_ref(), &place.dir);
     let checkpoints = dir.join("checkpoints");
     let folders = [checkpoints.join("last"), checkpoints.join("best")];
@@ -250,7 +259,9 @@ pub(crate) fn withdraw(place: &RunPlace) {
     for name in ["metrics.jsonl", "run.json", "config.toml", "lock"] {
         let _ = files.remove(&dir.join(name));
     }
-    let _ = files.remove_dir(dir);
+    if !had_folder {
+        let _ = files.remove_dir(dir);
+    }
 }
 
 /// How the run in `dir` ended; `None` while it has not.

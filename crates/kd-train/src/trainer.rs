@@ -55,7 +55,7 @@ pub fn train(job: Job, sinks: &mut [&mut dyn Sink], stop: &AtomicBool) -> Result
 /// # Errors
 /// What concerns all of them: a job that is refused before the first step, data or a teacher that fail.
 pub fn train_all(shared: Shared, students: Vec<(Student, &mut dyn Sink)>, stop: &AtomicBool) -> Result<Vec<Result<Outcome>>> {
-    let vacant: Vec<_> = students.iter().map(|(student, _)| student.place.clone().filter(run_dir::is_vacant)).collect();
+    let vacant: Vec<_> = students.iter().map(|(student, _)| student.place.as_ref().and_then(run_dir::vacancy)).collect();
     let outcomes = take_to_the_end(shared, students, stop);
     // What was refused, or came to a file of its data that cannot be used, must not stand in the way of the next try.
     let unusable = |e: &Error| e.is_usage() || matches!(e, Error::Core(kd_core::Error::Other(_)));
@@ -63,7 +63,7 @@ pub fn train_all(shared: Shared, students: Vec<(Student, &mut dyn Sink)>, stop: 
         Ok(each) => each[i].as_ref().is_err_and(unusable),
         Err(e) => unusable(e),
     };
-    vacant.iter().enumerate().filter(|(i, _)| refused(*i)).filter_map(|(_, place)| place.as_ref()).for_each(run_dir::withdraw);
+    vacant.iter().enumerate().filter(|(i, _)| refused(*i)).filter_map(|(_, vacancy)| vacancy.as_ref()).for_each(run_dir::withdraw);
     outcomes
 }
 

@@ -28,3 +28,7 @@ mod teachers;
 mod together;
 #[path = "main/trajectory.rs"]
 mod trajectory;
+#[path = "main/unlabelled.rs"]
+mod unlabelled;
+#[path = "main/withdrawn.rs"]
+mod withdrawn;

@@ -163,22 +163,24 @@ pub fn run(args: &Distill) -> Result<()> {
         bail!("baseline = true compares with the student alone, but without a [teacher] that is all this run trains");
     }
     let stop = crate::commands::train::stop_flag()?;
-    let vacant = !dir.join("config.toml").exists();
+    let (vacant, had_folder) = (!dir.join("config.toml").exists(), dir.is_dir());
     let done = assemble::in_pool(runs.configs[0].threads, || distill(&runs, &dir, &args.run, &stop))?;
     if vacant && done.as_ref().is_err_and(|e| !e.is::<RunFailed>() && !e.is::<Interrupted>()) {
-        unclaim(&dir);
+        unclaim(&dir, had_folder);
     }
     done.map_err(|e| args.run.located(e, None, true, &runs.configs[0].data))
 }
 
 /// Takes back what [`Session::claim`] made in a vacant place, unless a network was trained there since.
-fn unclaim(dir: &Path) {
+fn unclaim(dir: &Path, had_folder: bool) {
     let Ok(entries) = std::fs::read_dir(dir) else { return };
     if entries.flatten().all(|e| e.file_name() == "config.toml" || e.file_name() == "lock") {
         for name in ["config.toml", "lock"] {
             let _ = std::fs::remove_file(dir.join(name));
         }
-        let _ = std::fs::remove_dir(dir);
+        if !had_folder {
+            let _ = std::fs::remove_dir(dir);
+        }
     }
 }
 

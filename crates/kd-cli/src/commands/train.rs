@@ -64,7 +64,7 @@ pub(crate) fn on_labels(config: &Config) -> Config {
     let mut loss: Vec<LossConfig> = config.loss.iter().filter(alone).cloned().collect();
     if loss.is_empty() || (loss.len() == 1 && loss[0].method == "ce") {
         // The weight of `ce` beside a teacher's loss means nothing alone.
-        loss = vec![LossConfig::new("ce")];
+        loss = vec![LossConfig::resolved("ce", assemble::methods())];
     }
     // A loss without a teacher learns from labels.
     let data = DataConfig { unlabelled: None, ..config.data.clone() };

@@ -67,7 +67,7 @@ impl Runs {
                 return Ok(Self { name: config.name.clone(), side_by_side: false, configs: vec![config] });
             }
             let student = Config { name: "student".to_string(), baseline: false, ..config.clone() };
-            return Ok(Self { name: config.name, side_by_side: true, configs: vec![alone(&student), student] });
+            return Ok(Self { name: config.name, side_by_side: true, configs: vec![alone(&student, methods), student] });
         };
         tree.rename("options", "run")?;
         if items.is_empty() {
@@ -93,7 +93,7 @@ impl Runs {
             merged.overlay(own);
             let config = Config::from_tree(&merged, methods)?;
             if i == 0 && config.baseline {
-                configs.push(alone(&config));
+                configs.push(alone(&config, methods));
             }
             if configs.iter().any(|c| c.name == config.name) {
                 let message = format!("`run.{i}.name` is {}, must be another name than any other run's", config.name);
@@ -154,6 +154,6 @@ impl Runs {
 }
 
 /// The same student on labels only. The teachers stay: what runs side by side has the same ones.
-fn alone(config: &Config) -> Config {
-    Config { name: BASELINE.to_string(), loss: vec![LossConfig::new("ce")], baseline: false, ..config.clone() }
+fn alone(config: &Config, methods: &[MethodEntry]) -> Config {
+    Config { name: BASELINE.to_string(), loss: vec![LossConfig::resolved("ce", methods)], baseline: false, ..config.clone() }
 }

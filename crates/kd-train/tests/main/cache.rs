@@ -27,7 +27,7 @@ struct Steps(Vec<StepReport>, Option<(usize, Arc<AtomicBool>)>);
 impl Sink for Steps {
     fn event(&mut self, event: &Event) -> Result<()> {
         if let Event::Step(report) = event {
-            self.0.push(StepReport { seconds: 0.0, waiting: 0.0, ..report.clone() });
+            self.0.push(StepReport { seconds: 0.0, waiting: 0.0, parts: Default::default(), ..report.clone() });
         }
         if let Some((steps, stop)) = &self.1 {
             stop.store(self.0.len() >= *steps, Ordering::Relaxed);

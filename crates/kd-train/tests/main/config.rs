@@ -70,14 +70,14 @@ fn everything_is_read_and_written_back() {
 fn only_the_student_is_required() {
     let config = parse("[student]\nmodel = \"resnet20\"", &[]).unwrap();
     assert_eq!(config.name, "resnet20-ce");
-    assert_eq!(config.loss, [LossConfig::new("ce")]);
+    assert_eq!(config.loss, [LossConfig::resolved("ce", kd_losses::registry())]);
     assert_eq!((config.data, config.schedule, config.teacher.len()), (DataConfig::default(), Schedule::default(), 0));
 
     let config = parse("student.model = \"resnet8\"\n[teacher.train]\n[teacher]\nmodel = \"resnet20\"", &[]).unwrap();
     assert_eq!(config.name, "resnet20-resnet8-kd");
     assert_eq!(config.loss.iter().map(|l| (l.method.as_str(), l.weight)).collect::<Vec<_>>(), [("ce", 0.1), ("kd", 0.9)]);
     assert_eq!(config.loss[1].params["temperature"].as_f64(), Some(4.0));
-    assert_eq!(config.teacher[0].train.as_ref().unwrap().loss, [LossConfig::new("ce")]);
+    assert_eq!(config.teacher[0].train.as_ref().unwrap().loss, [LossConfig::resolved("ce", kd_losses::registry())]);
     assert_eq!(parse(&config.to_toml().unwrap(), &[]).unwrap(), config);
 }
 
@@ -262,7 +262,10 @@ fn several_runs_differ_where_they_say_so() {
     assert_eq!(of(dkd), (3, 0.2, 0.5, true, 7, 1));
     assert_eq!((dkd.student.model.as_str(), dkd.schedule.epochs, dkd.run.eval_every), ("resnet8", 9, 2));
     assert_eq!((dkd.loss.len(), dkd.loss[0].params["beta"].as_f64()), (1, Some(2.0)));
-    assert_eq!((baseline.loss.as_slice(), baseline.optim.lr, baseline.baseline), (&[LossConfig::new("ce")][..], 0.3, false));
+    assert_eq!(
+        (baseline.loss.as_slice(), baseline.optim.lr, baseline.baseline),
+        (&[LossConfig::resolved("ce", kd_losses::registry())][..], 0.3, false)
+    );
     // Each is a config of its own, and all of them a file again.
     for config in &runs.configs {
         assert_eq!(parse(&config.to_toml().unwrap(), &[]).unwrap(), *config);
@@ -323,4 +326,49 @@ fn every_methods_defaults_are_written_and_read_back() {
         read += 1;
     }
     assert!(read >= 17, "{read} methods can be configured without parameters");
+}
+
+#[test]
+fn keys_about_data_starts_and_class_means() {
+    let text = r#"
+[data]
+normalise = "computed"
+unlabelled = "folder:MORE"
+class_groups = "groups.txt"
+[teacher]
+model = "resnet20"
+weights = "t.pth"
+[teacher.class_means]
+augment = true
+round_decimals = 4
+[student]
+model = "resnet8"
+weights = "s.pth"
+new_head = true
+"#;
+    let config = parse(text, &[]).unwrap();
+    assert_eq!(config.data.normalise, kd_train::config::Normalisation::Computed);
+    assert_eq!((config.data.unlabelled.as_deref(), config.data.class_groups.as_deref()), (Some("folder:MORE"), Some("groups.txt")));
+    assert_eq!((config.teacher[0].class_means.augment, config.teacher[0].class_means.round_decimals), (true, Some(4)));
+    assert!(config.student.new_head);
+    assert_eq!(parse(&config.to_toml().unwrap(), &[]).unwrap(), config);
+
+    let refusal = |overrides: &[&str]| parse(text, overrides).unwrap_err().to_string();
+    let message = refusal(&["data.normalise=measured"]);
+    assert!(message.contains("--set data.normalise") && message.contains("published, computed"), "{message}");
+    assert!(refusal(&["teacher.class_means.round_decimals=13"]).contains("0 to 12"));
+    let message = refusal(&["teacher.class_means.file=\"m.json\""]);
+    assert!(message.contains("run.toml:9") && message.contains("either read from `file`"), "{message}");
+    let message = parse("[student]\nmodel = \"resnet8\"\nnew_head = true\n", &[]).unwrap_err().to_string();
+    assert!(message.contains("run.toml:3") && message.contains("student.weights"), "{message}");
+}
+
+#[test]
+fn every_key_has_a_place() {
+    let text = "[data]\nsource = \"digits\"\naugment = [\n  \"flip\",\n  \"flop\",\n]\n[student]\nmodel = \"resnet8\"\n";
+    let place = |overrides: &[String], key: &str| Config::place(text, "run.toml", overrides, key).unwrap();
+    assert_eq!(place(&[], "data.augment.1"), "run.toml:5");
+    assert_eq!(place(&[], "data.train_limit"), "run.toml:1");
+    assert_eq!(place(&[], "schedule.epochs"), "run.toml");
+    assert_eq!(place(&["data.train_limit=9".to_string()], "data.train_limit"), "--set data.train_limit=9");
 }
