@@ -10,7 +10,7 @@
 //! until `cache_bytes` are used up; what is kept changes the speed alone.
 //!
 //! Images without labels ([`LoaderOptions::unlabelled`]) are samples `N`, `N + 1`, .. after the `N` labelled ones, with the label
-//! [`UNLABELLED`](kd_core::UNLABELLED). Each kind has a random order of its own (the labelled one's is what it would be alone); the two are
+//! [`UNLABELLED`]. Each kind has a random order of its own (the labelled one's is what it would be alone); the two are
 //! merged evenly, so that every batch has the same number of labelled samples, give or take one. A last batch that is not full is left out.
 
 use std::sync::atomic::{AtomicUsize, Ordering};

@@ -18,8 +18,8 @@
 //!
 //! | parameter | default | range | |
 //! |---|---|---|---|
-//! | `stages` | [1,2,3,4] | stages of the student up to `final_stage` | those that get a head |
-//! | `eps` | [1,1,1,1,1] | > 0, usually >= 1 | e of each stage, then of the logits |
+//! | `stages` | `[1,2,3,4]` | stages of the student up to `final_stage` | those that get a head |
+//! | `eps` | `[1,1,1,1,1]` | > 0, usually >= 1 | e of each stage, then of the logits |
 //! | `final_stage` | 4 | >= 1 | the student's last stage; 3 for the CIFAR resnets, with `stages = [1,2,3]` |
 //! | `temperature` | 1 | > 0 | T; the loss has no factor T^2 |
 //! | `logits_weight`, `stage_weight` | 1, 1 | >= 0 | |

@@ -7,7 +7,7 @@
 //! FNKD (Xu et al., "Feature Normalized Knowledge Distillation for Image Classification", ECCV 2020) divides by `|f|` in place of a
 //! temperature, since it finds short embeddings where images are hard to tell: its figure 3 shows the images of the smallest and the largest
 //! norms. If that is so, the norm of a wrong prediction is smaller than that of a right one, and a network that was trained on labels of which
-//! some are noise gives these samples a smaller norm. Both are measured as the area under a ROC curve ([`auc`](crate::analysis::auc)), 0.5 saying nothing; beside the
+//! some are noise gives these samples a smaller norm. Both are measured as the area under a ROC curve ([`auc`]), 0.5 saying nothing; beside the
 //! norm stands the cross-entropy of the given label, the usual detector of noisy labels, to compare with.
 
 use serde::Serialize;
