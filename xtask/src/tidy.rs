@@ -86,8 +86,8 @@ fn methods_have_a_formula_and_a_registry_line() {
     let mut breaches = vec![];
     let mut methods = 0;
     for (file, text) in sources() {
-        // A generic implementation is what several methods share; each of them has a file of its own.
-        if !text.lines().any(|line| line.starts_with("impl Method for ")) {
+        // A generic implementation is what several methods share; each of them has a file of its own, with its entry.
+        if !text.lines().any(|line| line.starts_with("impl Method for ") || line.starts_with("pub const ENTRY: MethodEntry")) {
             continue;
         }
         methods += 1;

@@ -36,19 +36,17 @@
 //! | res32x4-shuffleV1 | 0.5 / 8.0 / 4.0 | R50-MobileNet | 0.8 / 1.0 / 1.0 |
 //! | res32x4-shuffleV2 | 0.5 / 6.0 / 0.5 | ViT-S - R18, ViT-B - R18 | 1.0 / 1.0 / 2.0, 1.4 / 0.5 / 2.0 |
 
-use std::sync::Arc;
-
 use candle_core::Tensor;
 use kd_core::schedule::warmup_factor;
-use kd_core::{LossTerms, Method, MethodEntry, Model, Needs, ParamDoc, ParityInputs, ParityOutput, Result, Setup, StepView};
+use kd_core::{LossTerms, MethodEntry, ParamDoc, Result};
 use serde::{Deserialize, Serialize};
 
-use crate::adapter::{self, Adapter};
+use crate::adapter::Adapter;
 use crate::class_means::ClassMeans;
-use crate::kd_pp::{CE_WEIGHT, TEMPERATURE, WARMUP_EPOCHS, needs, parity_epoch};
-use crate::nd::{ADAPTER, BN_EPS, DROPOUT, EPS, Prepared};
-use crate::registry::{parity_labels, parse};
-use crate::{Side, ce, dkd, inputs, labels, nd};
+use crate::nd::{ADAPTER, BN_EPS, DROPOUT, EPS};
+use crate::plus_plus::{self, CE_WEIGHT, PlusPlus, Recipe, TEMPERATURE, WARMUP_EPOCHS};
+use crate::registry::parse;
+use crate::{Side, ce, dkd, inputs, nd};
 
 /// Parameters; see the [module](self).
 #[derive(Clone, Debug, PartialEq, Serialize, Deserialize)]
@@ -109,10 +107,6 @@ impl Params {
     fn dkd(&self) -> dkd::Params {
         dkd::Params { temperature: self.temperature, alpha: self.alpha, beta: self.beta }
     }
-
-    fn nd(&self) -> nd::Params {
-        nd::Params { adapter: self.adapter, eps: self.eps, bn_eps: self.bn_eps, dropout: self.dropout }
-    }
 }
 
 /// DKD++ in epoch `epoch`, counted from 0; the student's embedding is adapted already, the teacher is detached, `labels` are class indices
@@ -138,47 +132,16 @@ pub fn dkd_pp(
     Ok(terms)
 }
 
-struct DkdPp {
-    params: Params,
-    prepared: Prepared,
-}
+impl Recipe for Params {
+    const NAME: &'static str = ENTRY.name;
 
-impl Method for DkdPp {
-    fn name(&self) -> &'static str {
-        ENTRY.name
+    fn nd(&self) -> nd::Params {
+        nd::Params { adapter: self.adapter, eps: self.eps, bn_eps: self.bn_eps, dropout: self.dropout }
     }
 
-    fn needs(&self) -> Needs {
-        needs()
+    fn terms(&self, student: Side<'_>, teacher: Side<'_>, means: &ClassMeans, labels: &Tensor, epoch: usize) -> Result<LossTerms> {
+        dkd_pp(student, teacher, means, labels, epoch, self)
     }
-
-    fn prepare(&mut self, setup: &Setup<'_>) -> Result<()> {
-        self.prepared = Prepared::new(setup, self.params.nd().adapter_config(), ENTRY.name)?;
-        Ok(())
-    }
-
-    fn networks(&self) -> Vec<Arc<dyn Model>> {
-        adapter::networks(self.prepared.adapter.as_ref())
-    }
-
-    fn loss(&mut self, step: &StepView<'_>) -> Result<LossTerms> {
-        let adapted = adapter::apply(self.prepared.adapter.as_ref(), step)?;
-        let (student, teacher) = (step.student()?, step.teacher()?);
-        let student = Side { logits: student.logits()?, embedding: &adapted };
-        let teacher = Side { logits: teacher.logits()?, embedding: teacher.embedding()? };
-        let means = self.prepared.means(ENTRY.name)?;
-        dkd_pp(student, teacher, means, labels::of(step.batch), step.progress.epoch, &self.params)
-    }
-}
-
-fn parity(inputs: &ParityInputs) -> Result<ParityOutput> {
-    let (epoch, inputs) = parity_epoch(inputs)?;
-    let params: Params = inputs.params()?;
-    let means = ClassMeans::new(inputs.get("class_means")?)?;
-    let adapted = params.nd().adapter_config().parity(&inputs, means.dims().1)?;
-    let student = Side { logits: inputs.get("student.logits")?, embedding: &adapted };
-    let teacher = Side { logits: inputs.get("teacher.logits")?, embedding: inputs.get("teacher.embedding")? };
-    Ok(dkd_pp(student, teacher, &means, parity_labels(&inputs)?, epoch, &params)?.into())
 }
 
 /// The registry's line.
@@ -200,7 +163,7 @@ pub const ENTRY: MethodEntry = MethodEntry {
         BN_EPS,
         DROPOUT,
     ],
-    build: |params| Ok(Box::new(DkdPp { params: parse(params, Params::validate)?, prepared: Prepared::default() })),
-    parity,
+    build: |params| Ok(Box::new(PlusPlus::new(parse(params, Params::validate)?))),
+    parity: plus_plus::parity::<Params>,
     raw_terms: false,
 };

@@ -64,7 +64,7 @@ use kd_core::{
 use kd_nn::{Conv, Graph, GraphBuilder, Init, Network, Op, ops};
 use serde::{Deserialize, Serialize};
 
-use crate::kd_pp::parity_epoch;
+use crate::plus_plus::parity_epoch;
 use crate::registry::parse;
 use crate::softmax::Softmax;
 use crate::{features, inputs};

@@ -35,18 +35,17 @@
 //! | res32x4-shuffleV1 | 2.5 / 1.5 | R50-MobileNet | 4.0 / 1.0 |
 //! | res32x4-shuffleV2 | 4.0 / 0.5 | ViT-S - R18, ViT-B - R18 | 1.5 / 1.0, 2.0 / 1.0 |
 
-use std::sync::Arc;
-
 use candle_core::Tensor;
 use kd_core::schedule::warmup_factor;
-use kd_core::{Cut, Error, LossTerms, Method, MethodEntry, Model, Needs, ParamDoc, ParityInputs, ParityOutput, Result, Setup, StepView};
+use kd_core::{LossTerms, MethodEntry, ParamDoc, Result};
 use serde::{Deserialize, Serialize};
 
-use crate::adapter::{self, Adapter};
+use crate::adapter::Adapter;
 use crate::class_means::ClassMeans;
-use crate::nd::{ADAPTER, BN_EPS, DROPOUT, EPS, Prepared};
-use crate::registry::{parity_labels, parse};
-use crate::{Side, ce, inputs, kd, labels, nd};
+use crate::nd::{ADAPTER, BN_EPS, DROPOUT, EPS};
+use crate::plus_plus::{self, CE_WEIGHT, PlusPlus, Recipe, TEMPERATURE, WARMUP_EPOCHS};
+use crate::registry::parse;
+use crate::{Side, ce, inputs, kd, nd};
 
 /// Parameters; see the [module](self).
 #[derive(Clone, Debug, PartialEq, Serialize, Deserialize)]
@@ -92,10 +91,6 @@ impl Params {
     fn kd(&self) -> kd::Params {
         kd::Params { temperature: self.temperature, ..kd::Params::default() }
     }
-
-    fn nd(&self) -> nd::Params {
-        nd::Params { adapter: self.adapter, eps: self.eps, bn_eps: self.bn_eps, dropout: self.dropout }
-    }
 }
 
 /// KD++ in epoch `epoch`, counted from 0; the student's embedding is adapted already, the teacher is detached, `labels` are class indices
@@ -120,67 +115,17 @@ pub fn kd_pp(
     Ok(terms)
 }
 
-struct KdPp {
-    params: Params,
-    prepared: Prepared,
-}
+impl Recipe for Params {
+    const NAME: &'static str = ENTRY.name;
 
-impl Method for KdPp {
-    fn name(&self) -> &'static str {
-        ENTRY.name
+    fn nd(&self) -> nd::Params {
+        nd::Params { adapter: self.adapter, eps: self.eps, bn_eps: self.bn_eps, dropout: self.dropout }
     }
 
-    fn needs(&self) -> Needs {
-        needs()
-    }
-
-    fn prepare(&mut self, setup: &Setup<'_>) -> Result<()> {
-        self.prepared = Prepared::new(setup, self.params.nd().adapter_config(), ENTRY.name)?;
-        Ok(())
-    }
-
-    fn networks(&self) -> Vec<Arc<dyn Model>> {
-        adapter::networks(self.prepared.adapter.as_ref())
-    }
-
-    fn loss(&mut self, step: &StepView<'_>) -> Result<LossTerms> {
-        let adapted = adapter::apply(self.prepared.adapter.as_ref(), step)?;
-        let (student, teacher) = (step.student()?, step.teacher()?);
-        let student = Side { logits: student.logits()?, embedding: &adapted };
-        let teacher = Side { logits: teacher.logits()?, embedding: teacher.embedding()? };
-        let means = self.prepared.means(ENTRY.name)?;
-        kd_pp(student, teacher, means, labels::of(step.batch), step.progress.epoch, &self.params)
+    fn terms(&self, student: Side<'_>, teacher: Side<'_>, means: &ClassMeans, labels: &Tensor, epoch: usize) -> Result<LossTerms> {
+        kd_pp(student, teacher, means, labels, epoch, self)
     }
 }
-
-/// Logits and embeddings of both sides, labels, class means.
-pub(crate) fn needs() -> Needs {
-    let cuts = vec![Cut::Embedding, Cut::Logits];
-    Needs { student: cuts.clone(), teacher: cuts, class_means: true, ..Needs::supervised() }
-}
-
-/// Takes the fixture-only `epoch` out of a parity call's parameters.
-pub(crate) fn parity_epoch(inputs: &ParityInputs) -> Result<(usize, ParityInputs)> {
-    let mut params = inputs.params.clone();
-    let epoch = params.as_object_mut().and_then(|p| p.remove("epoch")).ok_or_else(|| Error::missing("the warm-up", "epoch"))?;
-    let number = epoch.as_u64().ok_or_else(|| Error::param("epoch", &epoch, "a whole number of at least 0"))?;
-    Ok((number as usize, ParityInputs { tensors: inputs.tensors.clone(), params, dtype: inputs.dtype }))
-}
-
-fn parity(inputs: &ParityInputs) -> Result<ParityOutput> {
-    let (epoch, inputs) = parity_epoch(inputs)?;
-    let params: Params = inputs.params()?;
-    let means = ClassMeans::new(inputs.get("class_means")?)?;
-    let adapted = params.nd().adapter_config().parity(&inputs, means.dims().1)?;
-    let student = Side { logits: inputs.get("student.logits")?, embedding: &adapted };
-    let teacher = Side { logits: inputs.get("teacher.logits")?, embedding: inputs.get("teacher.embedding")? };
-    Ok(kd_pp(student, teacher, &means, parity_labels(&inputs)?, epoch, &params)?.into())
-}
-
-pub(crate) const CE_WEIGHT: ParamDoc = ParamDoc { name: "ce_weight", default: "1.0", range: ">= 0", about: "weight of the cross-entropy" };
-pub(crate) const TEMPERATURE: ParamDoc = ParamDoc { name: "temperature", default: "4.0", range: "> 0", about: "T" };
-pub(crate) const WARMUP_EPOCHS: ParamDoc =
-    ParamDoc { name: "warmup_epochs", default: "20", range: ">= 0", about: "linear warm-up of the distillation, epochs counted from 0" };
 
 /// The registry's line.
 pub const ENTRY: MethodEntry = MethodEntry {
@@ -199,7 +144,7 @@ pub const ENTRY: MethodEntry = MethodEntry {
         BN_EPS,
         DROPOUT,
     ],
-    build: |params| Ok(Box::new(KdPp { params: parse(params, Params::validate)?, prepared: Prepared::default() })),
-    parity,
+    build: |params| Ok(Box::new(PlusPlus::new(parse(params, Params::validate)?))),
+    parity: plus_plus::parity::<Params>,
     raw_terms: false,
 };

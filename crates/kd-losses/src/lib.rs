@@ -34,6 +34,7 @@ mod layers;
 mod named_graph;
 mod norms;
 mod notes;
+mod plus_plus;
 mod registry;
 mod rows;
 mod softmax;

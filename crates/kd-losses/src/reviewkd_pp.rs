@@ -46,11 +46,11 @@ use serde::{Deserialize, Serialize};
 use crate::adapter::{self, Adapter};
 use crate::class_means::ClassMeans;
 use crate::features::BN_MOMENTUM;
-use crate::kd_pp::{CE_WEIGHT, WARMUP_EPOCHS, parity_epoch};
 use crate::nd::{ADAPTER, BN_EPS, DROPOUT, EPS, Prepared};
+use crate::plus_plus::{self, CE_WEIGHT, WARMUP_EPOCHS, parity_epoch};
 use crate::registry::{parity_labels, parse};
 use crate::reviewkd::{self, MID_CHANNEL, OUT_SHAPES, Reviewed, SHAPES, STAGES, STUDENT_PREACT};
-use crate::{ce, inputs, kd_pp, labels, nd};
+use crate::{ce, inputs, labels, nd};
 
 /// Parameters; see the [module](self).
 #[derive(Clone, Debug, PartialEq, Serialize, Deserialize)]
@@ -161,7 +161,7 @@ impl Method for ReviewKdPp {
 
     fn needs(&self) -> Needs {
         let review = self.review.as_ref().map_or_else(|| reviewkd::before(&self.params.review()), Reviewed::needs);
-        kd_pp::needs().merge(&review)
+        plus_plus::needs().merge(&review)
     }
 
     fn prepare(&mut self, setup: &Setup<'_>) -> Result<()> {
