@@ -14,4 +14,5 @@ mod main {
     mod soft_targets;
     mod stages;
     mod steps;
+    mod support;
 }

@@ -11,6 +11,7 @@ use kd_nn::{Conv, GraphBuilder, Network};
 use serde_json::{Value, json};
 
 use crate::main::fixtures::seeds;
+use crate::main::support::{normal, scalar};
 
 const B: usize = 4;
 const K: usize = 5;
@@ -30,11 +31,6 @@ fn network(width: usize, seed: u64) -> Network {
     let network = Network::new(b.finish().unwrap(), DType::F64, &Device::Cpu).unwrap();
     network.init(Rng::new(seed)).unwrap();
     network
-}
-
-fn normal(seed: u64, shape: &[usize]) -> Tensor {
-    let n = shape.iter().product::<usize>() as u64;
-    Tensor::from_vec((0..n).map(|i| Rng::new(seed).normal(i)).collect::<Vec<f64>>(), shape, &Device::Cpu).unwrap()
 }
 
 /// Student, teacher and one batch.
@@ -131,10 +127,6 @@ impl Bench {
         }
         t
     }
-}
-
-fn scalar(t: &Tensor) -> f64 {
-    t.to_scalar::<f64>().unwrap()
 }
 
 /// Runs one step both ways and compares value, terms and the gradients of what the method trains.

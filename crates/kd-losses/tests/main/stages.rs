@@ -11,6 +11,8 @@ use kd_losses::find;
 use kd_nn::{Conv, GraphBuilder, Network};
 use serde_json::{Value, json};
 
+use crate::main::support::{normal, scalar};
+
 const B: usize = 4;
 const K: usize = 5;
 
@@ -40,11 +42,6 @@ fn network(widths: &[usize], sizes: &[usize], preact: bool, seed: u64) -> Networ
     let network = Network::new(b.finish().unwrap(), DType::F64, &Device::Cpu).unwrap();
     network.init(Rng::new(seed)).unwrap();
     network
-}
-
-fn normal(seed: u64, shape: &[usize]) -> Tensor {
-    let n = shape.iter().product::<usize>() as u64;
-    Tensor::from_vec((0..n).map(|i| Rng::new(seed).normal(i)).collect::<Vec<f64>>(), shape, &Device::Cpu).unwrap()
 }
 
 struct Bench {
@@ -160,10 +157,6 @@ impl Bench {
 fn named(method: &dyn Method, network: &dyn Model, parameter: &str) -> String {
     let prefix = network.spec().name.strip_prefix(method.name()).unwrap().trim_start_matches('.');
     if prefix.is_empty() { format!("param.{parameter}") } else { format!("param.{prefix}.{parameter}") }
-}
-
-fn scalar(t: &Tensor) -> f64 {
-    t.to_scalar::<f64>().unwrap()
 }
 
 fn far(a: &Tensor, b: &Tensor) -> f64 {

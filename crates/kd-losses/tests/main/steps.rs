@@ -10,6 +10,8 @@ use kd_losses::{crd, ctkd, find};
 use kd_nn::{Conv, GraphBuilder, Network};
 use serde_json::{Value, json};
 
+use crate::main::support::{normal, scalar};
+
 const B: usize = 5;
 const K: usize = 4;
 const N: usize = 40;
@@ -34,15 +36,6 @@ fn network(width: usize, seed: u64, late: bool) -> Network {
     let network = Network::new(b.finish().unwrap(), DType::F64, &Device::Cpu).unwrap();
     network.init(Rng::new(seed)).unwrap();
     network
-}
-
-fn normal(seed: u64, shape: &[usize]) -> Tensor {
-    let n = shape.iter().product::<usize>() as u64;
-    Tensor::from_vec((0..n).map(|i| Rng::new(seed).normal(i)).collect::<Vec<f64>>(), shape, &Device::Cpu).unwrap()
-}
-
-fn scalar(t: &Tensor) -> f64 {
-    t.to_scalar::<f64>().unwrap()
 }
 
 struct Bench {
