@@ -201,6 +201,18 @@ impl Dataset {
         lists
     }
 
+    /// The first samples of each class, in turns, until there are `limit`; all of them for 0 or a limit beyond.
+    ///
+    /// ```
+    /// let test = kd_data::open("digits")?.test()?.balanced(25);
+    /// let counts: Vec<usize> = test.by_class().iter().map(Vec::len).collect();
+    /// assert_eq!(counts, [3, 3, 3, 3, 3, 2, 2, 2, 2, 2]);
+    /// # Ok::<(), kd_data::Error>(())
+    /// ```
+    pub fn balanced(&self, limit: usize) -> Self {
+        if limit == 0 || limit >= self.len() { self.clone() } else { select::in_turns(self, &self.by_class(), limit) }
+    }
+
     pub(crate) fn hash(&self, hasher: &mut Sha256) {
         hasher.update((self.len() as u64).to_le_bytes());
         for extent in self.info.shape {

@@ -74,8 +74,14 @@ fn limit(set: &Dataset, limit: usize, rng: Rng) -> Result<Dataset> {
         let allowed = format!("0 (all), or from {} (the classes) to {} (the training samples)", classes.len(), set.len());
         return Err(Error::option("train_limit", limit, allowed));
     }
-    let turns = (0..set.len()).flat_map(|turn| classes.iter().filter_map(move |class| class.get(turn).copied()));
-    Ok(sorted_subset(set, turns.take(limit).collect()))
+    Ok(in_turns(set, &classes, limit))
+}
+
+/// `n` samples: the first of each class's list, then the second of each, and so on.
+pub(crate) fn in_turns(set: &Dataset, classes: &[Vec<u32>], n: usize) -> Dataset {
+    let longest = classes.iter().map(Vec::len).max().unwrap_or(0);
+    let turns = (0..longest).flat_map(|turn| classes.iter().filter_map(move |class| class.get(turn).copied()));
+    sorted_subset(set, turns.take(n).collect())
 }
 
 fn sorted_subset(set: &Dataset, mut positions: Vec<u32>) -> Dataset {

@@ -139,7 +139,7 @@ impl DataArgs {
         // A test set alone will do where nothing is asked of the training set.
         let splits = if data == plain { kd_data::open(&data.source)? } else { assemble::splits(&data, train_limit, seed)? };
         let set = if self.split == Split::Test { splits.test()? } else { splits.train()? };
-        let set = balanced(set, self.limit);
+        let set = set.balanced(self.limit);
         let names = run.as_ref().map(|_| assemble::augmentation(&data)).unwrap_or_default();
         let augment = vec![Pipeline::parse(&names)?];
         Ok(Inputs {
@@ -170,8 +170,7 @@ impl Inputs {
 
     /// `cifar100:DIR, test, 10,000 samples`.
     pub(super) fn about(&self) -> String {
-        let split = if self.split == Split::Test { "test" } else { "train" };
-        format!("{}, {split}, {} samples", self.source, output::thousands(self.data.len() as u64))
+        format!("{}, {}, {} samples", self.source, self.split(), output::thousands(self.data.len() as u64))
     }
 
     /// All samples become one batch.
@@ -378,19 +377,6 @@ impl Run {
             ),
         }
     }
-}
-
-/// The first samples of each class, in turns, until there are `limit`.
-fn balanced(set: &Dataset, limit: usize) -> Dataset {
-    if limit == 0 || limit >= set.len() {
-        return set.clone();
-    }
-    let classes = set.by_class();
-    let longest = classes.iter().map(Vec::len).max().unwrap_or(0);
-    let mut taken: Vec<u32> =
-        (0..longest).flat_map(|i| classes.iter().filter_map(move |c| c.get(i)).copied().collect::<Vec<_>>()).take(limit).collect();
-    taken.sort_unstable();
-    set.subset(&taken)
 }
 
 /// A bar on a terminal, nothing elsewhere.
