@@ -11,7 +11,7 @@ use std::process::{Child, ChildStdin, ChildStdout, Command, Stdio};
 use anyhow::{Context, Result, bail};
 use serde_json::{Value, json};
 
-use crate::workspace::{Workspace, cargo, output, root, status};
+use crate::workspace::{kd_cli, output, root};
 
 /// Compares the speed of training steps with PyTorch's.
 #[derive(clap::Args)]
@@ -70,7 +70,7 @@ const SPELT: &[(&str, &str)] =
     &[("MobileNetV2", "mobilenetv2"), ("ShuffleV2", "shufflenetv2"), ("imagenet_resnet18", "resnet18"), ("imagenet_resnet34", "resnet34")];
 
 pub(crate) fn run(args: &Args) -> Result<()> {
-    let kd = build()?;
+    let kd = kd_cli()?;
     let machine = from_kd(&kd, &["machine", "--threads", &args.threads.to_string()])?;
     if !args.json {
         let number = |key: &str| machine[key].as_f64().unwrap_or(f64::NAN);
@@ -84,13 +84,6 @@ pub(crate) fn run(args: &Args) -> Result<()> {
         println!("{}", serde_json::to_string_pretty(&json!({"machine": machine, "batch": args.batch, "size": args.size, what: found}))?);
     }
     Ok(())
-}
-
-/// Builds the binary that users get.
-fn build() -> Result<PathBuf> {
-    status(cargo().args(["build", "--release", "--quiet", "--package", "kd-cli"]))?;
-    let target = Workspace::load()?.target;
-    Ok(target.join("release").join(format!("kd-cli{}", std::env::consts::EXE_SUFFIX)))
 }
 
 fn from_kd(kd: &Path, args: &[&str]) -> Result<Value> {

@@ -39,6 +39,12 @@ pub(crate) fn status(command: &mut Command) -> Result<()> {
     Ok(())
 }
 
+/// The binary that users get, built if need be.
+pub(crate) fn kd_cli() -> Result<PathBuf> {
+    status(cargo().args(["build", "--release", "--package", "kd-cli"]))?;
+    Ok(Workspace::load()?.target.join("release").join(format!("kd-cli{}", std::env::consts::EXE_SUFFIX)))
+}
+
 /// The members and where builds go.
 pub(crate) struct Workspace {
     /// The members, in cargo's order.

@@ -11,7 +11,7 @@ use anyhow::{Context, Result, anyhow, bail};
 use serde_json::{Map, Value};
 
 use super::table::Row;
-use crate::workspace::{Workspace, cargo, output, status};
+use crate::workspace::{kd_cli, output};
 
 /// A `kd-cli` and its registries.
 pub(super) struct KdCli {
@@ -31,10 +31,7 @@ impl KdCli {
     pub(super) fn open(given: Option<&Path>) -> Result<Self> {
         let path = match given {
             Some(path) => std::path::absolute(path)?,
-            None => {
-                status(cargo().args(["build", "--release", "--package", "kd-cli"]))?;
-                Workspace::load()?.target.join("release").join(format!("kd-cli{}", std::env::consts::EXE_SUFFIX))
-            }
+            None => kd_cli()?,
         };
         let text = output(Command::new(&path).args(["list", "--json"]))?;
         Ok(Self { registry: Registry::of(&serde_json::from_str(&text)?)?, path })
