@@ -1,7 +1,7 @@
 //! How many augmented images a second the loader makes, against how long a consumer that does nothing waits for them:
 //! `cargo run --release -p kd-data --example throughput -- [SOURCE] [THREADS] [AUGMENTATION ..]`
 //! (default: 50,000 random images of CIFAR's size, 1 thread, `pad-crop:4 flip`). Images in files are decoded anew in each epoch.
-#![allow(clippy::print_stdout)]
+#![allow(clippy::print_stdout, reason = "an example")]
 
 use std::sync::Arc;
 use std::time::Instant;

@@ -3,7 +3,7 @@
 //! ```sh
 //! cargo run -p kd-losses --example plain_candle
 //! ```
-#![allow(clippy::print_stdout)]
+#![allow(clippy::print_stdout, reason = "an example")]
 
 use candle_core::{DType, Device, Tensor, Var};
 use candle_nn::{Linear, Module, Optimizer, SGD, Sequential, seq};

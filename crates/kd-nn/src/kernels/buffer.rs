@@ -1,6 +1,6 @@
 //! Memory of the fused executor: cache-line aligned, returned to a pool when dropped, never given back to the system in between.
 
-#![allow(unsafe_code)]
+#![allow(unsafe_code, reason = "cache lines are seen as floats")]
 
 use std::sync::atomic::{AtomicUsize, Ordering};
 use std::sync::{Arc, Mutex};

@@ -10,7 +10,7 @@
 //! Neighbouring taps of a row are contiguous in memory, so a 3x3 is three runs of `3 ci` inputs. One image of `[h][w][c]` is the unit;
 //! groups of images share a sweep so that big weights are read once for all.
 
-#![allow(unsafe_code, unsafe_op_in_unsafe_fn)]
+#![allow(unsafe_code, unsafe_op_in_unsafe_fn, reason = "register kernels on raw pointers; each entry states what it relies on")]
 
 use std::ops::Range;
 

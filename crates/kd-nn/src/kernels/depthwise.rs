@@ -1,6 +1,6 @@
 //! Depthwise convolution: every channel alone, vectors along the channels. Bound by memory, not by arithmetic.
 
-#![allow(unsafe_code, unsafe_op_in_unsafe_fn)]
+#![allow(unsafe_code, unsafe_op_in_unsafe_fn, reason = "register kernels on raw pointers; each entry states what it relies on")]
 #![allow(clippy::needless_range_loop)] // indices of several arrays at once, unrolled by constants
 
 use std::ops::Range;

@@ -9,7 +9,7 @@
 //!
 //! `inv = 1 / sqrt(var + eps)`, `g` the scale, `n` the values per channel; `d scale = inv S2`, `d shift = S1`.
 
-#![allow(unsafe_code)]
+#![allow(unsafe_code, reason = "vectors are loaded from and stored to slices whose lengths are checked before")]
 
 use super::clock::Cost;
 use super::sweep::Padded;

@@ -8,7 +8,7 @@
 //! Both keep a tile of `P` x `Q` vectors of sums in registers; one step loads `Q` vectors, broadcasts `P` scalars and does `P Q` fused
 //! multiply-adds. Tiles of every height exist, so that a row of pixels is cut into nearly equal tiles and no single row is left over.
 
-#![allow(unsafe_code, unsafe_op_in_unsafe_fn)]
+#![allow(unsafe_code, unsafe_op_in_unsafe_fn, reason = "register kernels on raw pointers; each entry states what it relies on")]
 #![allow(clippy::needless_range_loop)] // indices of several arrays at once, unrolled by constants
 
 use super::vector::{Kernel, Level, Vector};

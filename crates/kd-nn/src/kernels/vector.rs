@@ -2,7 +2,7 @@
 //!
 //! A kernel is written once against [`Vector`] and entered through [`Level::run`], which compiles it for every level and picks one at run time.
 
-#![allow(unsafe_code)]
+#![allow(unsafe_code, reason = "instructions of a level are called once it is known to be there")]
 
 use std::sync::OnceLock;
 

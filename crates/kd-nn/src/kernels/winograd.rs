@@ -11,7 +11,7 @@
 //!
 //! The error is that of f32 times the growth of the transforms: about 1e-5 of the largest output where direct sums have 1e-6.
 
-#![allow(unsafe_code, unsafe_op_in_unsafe_fn)]
+#![allow(unsafe_code, unsafe_op_in_unsafe_fn, reason = "register kernels on raw pointers; each entry states what it relies on")]
 #![allow(clippy::needless_range_loop)] // indices of several arrays at once, unrolled by constants
 
 use std::ops::Range;
