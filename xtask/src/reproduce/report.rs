@@ -177,7 +177,7 @@ impl Report {
                 let _ = writeln!(page, "| {}{marks} | {} |", row.method, row.cells().join(" | "));
             }
         }
-        page.push_str("\n± is the standard deviation over the seeds; intervals are Student's t; \"minus\" is paired within each seed.\n");
+        page.push_str("\n± is the standard deviation over the seeds; intervals are Student's t; \"minus\" is paired within each seed, ± half its 95 % interval.\n");
         if self.rows.iter().any(|r| r.best.is_some()) {
             page.push_str("The best epoch is chosen on the test set, so it flatters.\n");
         }
